@@ -32,7 +32,7 @@ def _remove(path: Path):
     "Remove a file or a folder, if it is there."
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
-# %% ../nbs/00_files.ipynb #0b5c8e40
+# %% ../nbs/00_files.ipynb #8a41458f
 @contextmanager
 def written(path):
     "Give a temporary path to write a file or folder at; move it to `path` on success, remove it on failure."
@@ -43,7 +43,7 @@ def written(path):
         yield temporary
         if path.is_dir(): _remove(path)
         os.replace(temporary, path)
-    except OSError as e:
-        if e.errno != errno.ENOSPC: raise
+    except Exception as e:
+        if getattr(e, "errno", None) != errno.ENOSPC and "No space left" not in str(e): raise
         raise UsageError(f"no space left on the disk while writing {path}; free some, or choose another folder") from None
     finally: _remove(temporary)

@@ -129,7 +129,7 @@ def linears(lm, layer: int, roles=("attention", "mlp")) -> list[str]:
             if ("attention" if "att" in name else "mlp") in roles: found.append(names[id(m)])
     return found
 
-# %% ../nbs/01_lm.ipynb #7d917493
+# %% ../nbs/01_lm.ipynb #543b6b36
 class _Reached(Exception):
     "Carries a hidden state out of a forward pass."
 
@@ -139,7 +139,7 @@ def _run_to(lm, module: nn.Module, before: bool, batch: dict) -> Tensor:
         raise _Reached(output[0] if output else args[0] if args else kwargs["hidden_states"])
     register = module.register_forward_pre_hook if before else module.register_forward_hook
     handle = register(stop, with_kwargs=True)
-    try: lm(**batch, use_cache=False)
+    try: lm(**batch | {"use_cache": False})
     except _Reached as reached: return reached.args[0]
     finally: handle.remove()
     raise RuntimeError(f"{type(module).__name__} was never reached")

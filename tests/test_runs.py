@@ -1,0 +1,79 @@
+"""Whole runs of the command on the real model: what they write, and that a killed one ends where an unbroken one does."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+KEYS = "model saes text tokens seed recipe ce kl gap gap_closed ci95 l0 fvu train_seconds tokens_per_second peak_memory_bytes versions".split()
+SMALL = ["--tokens", "12288", "--valid-tokens", "2048", "--rank", "8"]
+
+
+def command(*arguments): return [sys.executable, "-c", "from sae_lora.cli import main; main()", *map(str, arguments)]
+
+
+def run(*arguments) -> dict:
+    done = subprocess.run(command(*arguments, "--json"), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    "A small run: its folder and report."
+    out = tmp_path_factory.mktemp("runs") / "unbroken"
+    return out, run("adapt", "--out", out, *SMALL)
+
+
+def test_report_and_files(unbroken):
+    out, report = unbroken
+    assert all(k in report for k in KEYS) and report == json.loads((out / "report.json").read_text())
+    assert set(report["ce"]) == {"base", "spliced", "adapted", "adapted_unspliced"} and set(report["kl"]) == {"spliced", "adapted", "adapted_unspliced"}
+    assert report["ce"]["base"] < report["ce"]["adapted"] < report["ce"]["spliced"] and report["gap_closed"] > 0.05
+    assert {p.name for p in out.iterdir()} == {"adapter", "curve.png", "report.json"}
+    assert {"adapter_config.json", "adapter_model.safetensors", "sae_lora.json", "README.md"} <= {p.name for p in (out / "adapter").iterdir()}
+
+
+def test_evaluate_measures_the_same(unbroken):
+    out, report = unbroken
+    again = run("evaluate", out, "--valid-tokens", 2048)
+    assert all(k in again for k in KEYS)
+    for model, value in report["ce"].items(): assert abs(again["ce"][model] - value) < 1e-4
+
+
+def test_evaluate_on_other_text(unbroken, ag_news):
+    out, _ = unbroken
+    other = run("evaluate", out, "--text", ag_news, "--valid-tokens", 2048)
+    assert other["text"] == str(ag_news) and other["ce"]["adapted"] < other["ce"]["spliced"]
+
+
+@pytest.mark.parametrize("seconds", [0.2, 2.0])
+def test_killed_and_resumed_is_unbroken_bit_for_bit(unbroken, tmp_path, seconds):
+    out = tmp_path / "broken"
+    process = subprocess.Popen(command("adapt", "--out", out, *SMALL), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "state.safetensors").exists() and process.poll() is None: time.sleep(0.05)
+    time.sleep(seconds)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "report.json").exists(), "the run was over before it was killed"
+    changed = subprocess.run(command("adapt", "--out", out, *SMALL, "--resume", "--lr", "0.01"), capture_output=True, text=True)
+    assert changed.returncode == 2 and "lr=" in changed.stderr
+    run("adapt", "--out", out, *SMALL, "--resume")
+    name = "adapter/adapter_model.safetensors"
+    assert (out / name).read_bytes() == (unbroken[0] / name).read_bytes()
+
+
+def test_demo_for_people(tmp_path):
+    done = subprocess.run(command("demo", "--out", tmp_path / "demo", "--tokens", 4096), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "adapted, unspliced" in done.stdout and "wins back" in done.stdout and "spliced → adapted" in done.stdout
+
+
+def test_train_sae(tmp_path):
+    from sae_lens import SAE
+    report = run("train-sae", "--out", tmp_path / "sae", "--tokens", 16384, "--text-tokens", 16384, "--valid-tokens", 2048, "--width", 256, "--k", 8, "--layer", 3)
+    assert report["l0"] <= 8 and 0 < report["fvu"] < 1 and "TopK SAE, layer 3" in (tmp_path / "sae" / "README.md").read_text()
+    assert SAE.load_from_disk(tmp_path / "sae").cfg.metadata.hook_name == "blocks.3.hook_resid_post"
