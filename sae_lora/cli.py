@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Seed', 'Model', 'Source', 'Out', 'Tokens', 'SAE_CARD', 'parse_saes', 'parse_layers', 'peak_memory',
-           'report', 'sentence', 'show', 'run_adapt', 'adapt', 'demo', 'passages', 'evaluate', 'train_sae', 'main']
+           'report', 'sentence', 'show', 'run_adapt', 'adapt', 'demo', 'passages', 'evaluate', 'measure_sae',
+           'train_sae', 'main']
 
 # %% ../nbs/11_cli.ipynb #99542b6e
 import json, resource, sys, time
@@ -98,8 +99,8 @@ def _picture(folder: Path, curve: list[dict], r: dict):
     import pandas as pd
     with written(folder / "curve.png") as part: plot_curve(pd.DataFrame(curve), r["ce"]).figure.savefig(part, format="png")
 
-# %% ../nbs/11_cli.ipynb #26943098
-def run_adapt(out: Path, model="smollm2-135m", sae=("default",), text="default", rank=64, layers="after", tokens=262_144, valid_tokens=16_384, length=256,
+# %% ../nbs/11_cli.ipynb #b54bd283
+def run_adapt(out: Path, model="smollm2-135m", sae=("default",), text="default", rank=64, layers="after", tokens=196_608, valid_tokens=16_384, length=256,
               recipe="fast", keep="special", seed=0, resume=False, **changes) -> tuple:
     "Splice, adapt, measure and save: the model, its SAEs, the blocks and the report. `changes` (`lr`, `batch`) replace settings of the recipe."
     out = Path(out)
@@ -131,14 +132,14 @@ Tokens = Annotated[int, typer.Option(min=1, help="Training budget in tokens.")]
 def _say(r: dict, as_json: bool, console: Console | None = None):
     print(json.dumps(r, indent=1)) if as_json else show(r, console or Console())
 
-# %% ../nbs/11_cli.ipynb #e93b4dbd
+# %% ../nbs/11_cli.ipynb #d81c109a
 @app.command()
 def adapt(out: Out, model: Model = "smollm2-135m",
           sae: Annotated[list[str], typer.Option(help="[LAYER=]SPEC: default, a SAELens or Gemma Scope folder, or release:id of the SAELens registry. Repeatable.")] = ["default"],
           text: Source = "default",
           rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 64,
           layers: Annotated[str, typer.Option(help="Which layers get an adapter: after (the first SAE), all, or numbers such as 15,16 or 15-20.")] = "after",
-          tokens: Tokens = 262_144,
+          tokens: Tokens = 196_608,
           lr: Annotated[Optional[float], typer.Option(help="Learning rate, in place of the recipe's.")] = None,
           batch: Annotated[Optional[int], typer.Option(help="Rows a step, in place of the recipe's.")] = None,
           length: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 256,
@@ -150,9 +151,9 @@ def adapt(out: Out, model: Model = "smollm2-135m",
     *_, r = run_adapt(out, model, sae, text, rank, layers, tokens, valid_tokens, length, recipe, keep, seed, resume, lr=lr, batch=batch)
     _say(r, as_json)
 
-# %% ../nbs/11_cli.ipynb #1922bc40
+# %% ../nbs/11_cli.ipynb #ed722e26
 @app.command()
-def demo(out: Out = Path("sae-lora-demo"), tokens: Tokens = 262_144, seed: Seed = 0, as_json: Json = False):
+def demo(out: Out = Path("sae-lora-demo"), tokens: Tokens = 196_608, seed: Seed = 0, as_json: Json = False):
     "The whole method on a real model, with nothing to fetch by hand: SmolLM2-135M, the SAE that comes with this package, about seven minutes on two cores."
     lm, tok, saes, blocks, r = run_adapt(out, tokens=tokens, seed=seed)
     _say(r, as_json)
@@ -188,7 +189,7 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or
     _write(out.parent, out.name, r)
     _say(r, as_json)
 
-# %% ../nbs/11_cli.ipynb #d36a702b
+# %% ../nbs/11_cli.ipynb #0397a728
 SAE_CARD = """---
 library_name: saelens
 ---
@@ -199,25 +200,32 @@ library_name: saelens
 | --- | --- |
 | hook point | `{hook}`, position 0 and special tokens left out |
 | latents, k | {width}, {k} |
-| trained on | {positions:,} positions of `{text}` text, {tokens:,} with repeats, seed {seed} |
+| trained on | {positions:,} positions of `{text}` text, {tokens:,} with repeats, seed {seed}; rows of 256 tokens |
 | loss | squared error and auxiliary loss for dead latents (SAELens `TopKTrainingSAE`) |
 
-On {valid_tokens:,} held-out tokens of `{text}` text: L0 {l0:.1f}, FVU {fvu:.4f}, {dead:.2%} dead latents; spliced in, it costs {gap:.3f} nats per token (95% interval {low:.3f} to {high:.3f}; base {base:.3f}).
+On {valid_tokens:,} held-out tokens of `{text}` text: L0 {l0:.1f}, FVU {fvu:.4f}, {dead:.2%} dead latents. Spliced in, on the first eighth of them, it costs {gap:.3f} nats per token (95% interval {low:.3f} to {high:.3f}; base {base:.3f}).
 
     from sae_lens import SAE
     sae = SAE.load_from_disk("this/folder")
 """
 
-# %% ../nbs/11_cli.ipynb #e84e5e41
+# %% ../nbs/11_cli.ipynb #e477e637
+def measure_sae(lm, sae, layer: int, rows: torch.Tensor) -> dict:
+    "L0, FVU and dead latents on all `rows`, and the loss of base and spliced model on the first eighth of them."
+    own = sparsity(lm, sae, layer, rows)
+    return fidelity(lm, {layer: sae}, rows[:max(len(rows) // 8, 1)]) | own | dict(valid_tokens=rows.numel())
+
+# %% ../nbs/11_cli.ipynb #f0f57251
 @app.command(name="train-sae")
 def train_sae(out: Out, model: Model = "smollm2-135m", text: Source = "default",
               layer: Annotated[int, typer.Option(help="Layer whose output it reconstructs.")] = 14,
               width: Annotated[int, typer.Option(min=1, help="Number of latents.")] = 4608,
               k: Annotated[int, typer.Option(min=1, help="Active latents per position.")] = 32,
-              tokens: Tokens = 4_194_304, text_tokens: Annotated[int, typer.Option(min=1, help="Different tokens of text to gather hidden states from, at most.")] = 2**23,
-              lr: Annotated[float, typer.Option(help="Learning rate.")] = 3e-3, batch: Annotated[int, typer.Option(help="Positions a step.")] = 1024,
-              valid_tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens to measure on.")] = 32_768, seed: Seed = 0, as_json: Json = False):
-    "Train a TopK SAE on the hidden states of a model and save it in SAELens format, with a card. The SAE that comes with this package was made by the defaults."
+              tokens: Tokens = 3_145_728, text_tokens: Annotated[int, typer.Option(min=1, help="Different tokens of text to gather hidden states from, at most.")] = 2**23,
+              lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3, batch: Annotated[int, typer.Option(help="Positions a step.")] = 1024,
+              valid_tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens to measure on; the loss on the first eighth of them.")] = 131_072,
+              half: Annotated[bool, typer.Option(help="Round the weights to float16 in the file.")] = False, seed: Seed = 0, as_json: Json = False):
+    "Train a TopK SAE on the hidden states of a model and save it in SAELens format, with a card."
     _folder(out, False)
     lm, tok = load_lm(model)
     if not 0 <= layer < len(blocks_of(lm)): raise UsageError(f"layer {layer} does not exist; {model} has layers 0 to {len(blocks_of(lm)) - 1}")
@@ -225,14 +233,13 @@ def train_sae(out: Out, model: Model = "smollm2-135m", text: Source = "default",
     about = dict(model_name=model, hook_name=f"blocks.{layer}.hook_resid_post", training_text=text, text_hash=blocks.hash)
     x = harvest(lm, blocks.train, layer)
     sae, curve = fit_sae(x, tokens, width, k, lr, batch, seed, metadata=about)
-    r = fidelity(lm, {layer: sae}, blocks.valid) | sparsity(lm, sae, layer, blocks.valid)
-    r |= dict(model=model, text=text, layer=layer, width=width, k=k, seed=seed, positions=len(x), tokens=tokens, valid_tokens=blocks.valid.numel(), train_seconds=curve[-1]["seconds"])
+    r = measure_sae(lm, sae, layer, blocks.valid) | dict(model=model, text=text, layer=layer, width=width, k=k, seed=seed, positions=len(x), tokens=tokens, train_seconds=curve[-1]["seconds"])
     low, high = r["ci95"]["gap"]
-    save_sae(sae, out, SAE_CARD.format(hook=about["hook_name"], low=low, high=high, base=r["ce"]["base"], **r))
+    save_sae(sae, out, SAE_CARD.format(hook=about["hook_name"], low=low, high=high, base=r["ce"]["base"], **r), half)
     _write(out, "report.json", r)
     print(json.dumps(r, indent=1) if as_json else (out / "README.md").read_text().split("---\n")[-1])
 
-# %% ../nbs/11_cli.ipynb #24526223
+# %% ../nbs/11_cli.ipynb #50e03df6
 def main():
     "The `sae-lora` command: a user's mistake is one line and exit code 2."
     try: app()

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['site', 'hook_name', 'load_sae', 'fingerprint', 'save_sae', 'active', 'reconstruct']
 
-# %% ../nbs/02_sae.ipynb #efb52d9d
+# %% ../nbs/02_sae.ipynb #2ffb66cc
 import hashlib, json, re
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from .files import UsageError, data_path, written
@@ -94,11 +94,12 @@ def fingerprint(sae) -> str:
     for name, value in sorted(sae.state_dict().items()): digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/02_sae.ipynb #d5565252
-def save_sae(sae, folder, card: str | None = None):
-    "Write `sae` to `folder` in SAELens format, with `card` as its README."
+# %% ../nbs/02_sae.ipynb #915bf3f2
+def save_sae(sae, folder, card: str | None = None, half: bool = False):
+    "Write `sae` to `folder` in SAELens format, with `card` as its README; with `half`, weights rounded to float16, which every reader turns back to the SAE's dtype."
     with written(folder) as part:
-        (sae.save_inference_model if hasattr(sae, "save_inference_model") else sae.save_model)(part)
+        weights, _ = (sae.save_inference_model if hasattr(sae, "save_inference_model") else sae.save_model)(part)
+        if half: save_file({n: t.half() for n, t in load_file(weights).items()}, weights)
         if card: (part / "README.md").write_text(card, encoding="utf-8")
 
 # %% ../nbs/02_sae.ipynb #60b31789

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DOCS', 'READERS', 'docstrings', 'corpus', 'for_validation', 'model_inputs', 'Blocks', 'separator', 'token_blocks']
 
-# %% ../nbs/00_text.ipynb #8bd27257
+# %% ../nbs/00_text.ipynb #f2076c45
 import ast, csv, hashlib, importlib.util, json, lzma
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Iterable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .files import UsageError, cache_path, data_path, written
 
@@ -43,26 +43,26 @@ def _package_docs(package: str) -> list[str]:
         except (SyntaxError, ValueError): pass  # a template, or Python of another version
     return docs
 
-# %% ../nbs/00_text.ipynb #a1d10534
-def _key(text: str, characters: int = 40) -> str:
-    "A hash of how a document begins: documents that begin alike have the same key."
-    return hashlib.sha256(text[:characters].encode()).hexdigest()
+# %% ../nbs/00_text.ipynb #a5b7f2de
+def _hash(text: str) -> str:
+    "The order of documents."
+    return hashlib.sha256(text.encode()).hexdigest()
 
-# %% ../nbs/00_text.ipynb #84d94311
+# %% ../nbs/00_text.ipynb #517fff1f
 def _docs() -> list[str]:
     "All docstrings of the packages in `DOCS`, without repeats, in the order of their hashes."
     tag = hashlib.sha256(repr([(p, version(p)) for p in DOCS]).encode()).hexdigest()[:12]
     kept = cache_path("text", f"docs-{tag}.json")
     if not kept.exists():
         with ProcessPoolExecutor(2) as pool: docs = set(chain.from_iterable(pool.map(_package_docs, DOCS)))
-        with written(kept) as path: path.write_text(json.dumps(sorted(docs, key=lambda d: (_key(d), d))))
+        with written(kept) as path: path.write_text(json.dumps(sorted(docs, key=_hash)))
     return json.loads(kept.read_text())
 
-# %% ../nbs/00_text.ipynb #8c742829
+# %% ../nbs/00_text.ipynb #10ae3639
 def _prose() -> list[str]:
     "The committed continuations, in the order of their hashes."
     with lzma.open(data_path("prose", "prose.jsonl.xz"), "rt", encoding="utf-8") as f: texts = [json.loads(line)["text"] for line in f]
-    return sorted(texts, key=lambda t: hashlib.sha256(t.encode()).hexdigest())
+    return sorted(texts, key=_hash)
 
 # %% ../nbs/00_text.ipynb #06144773
 def _interleave(first: list[str], second: list[str], ratio: float) -> Iterator[str]:
@@ -150,10 +150,10 @@ def corpus(source: str = "default") -> Iterator[str]:
     elif Path(source).suffix in READERS: raise UsageError(f"text {source!r}: no such file")
     else: yield from _hub(source)
 
-# %% ../nbs/00_text.ipynb #95f44b74
+# %% ../nbs/00_text.ipynb #c8ee3296
 def for_validation(document: str, share: float = 0.05) -> bool:
     "Whether a document belongs to the validation text; true of about `share` of all documents."
-    return int(_key(document)[:8], 16) < share * 2**32
+    return int(_hash(document[:40])[:8], 16) < share * 2**32
 
 # %% ../nbs/00_text.ipynb #4d23ab40
 def model_inputs(rows: Tensor) -> dict:
@@ -181,19 +181,19 @@ def separator(tok) -> int:
     if end is None: raise UsageError("the tokenizer has neither <|endoftext|> nor an end-of-sequence token; set tok.eos_token")
     return end
 
-# %% ../nbs/00_text.ipynb #4a7b118d
+# %% ../nbs/00_text.ipynb #db0c1410
 def _pack(ids: list[list[int]], length: int, sep: int, per_document: bool) -> Tensor:
-    "Documents end to end in rows of `length`; the last, partial row is dropped."
-    flat = torch.tensor(list(chain.from_iterable(d + [sep] for d in ids)), dtype=torch.long)
-    rows = flat[:len(flat) // length * length].view(-1, length)
+    "Documents end to end in rows of `length` that begin with the separator; the last, partial row is dropped."
+    flat, fill = torch.tensor(list(chain.from_iterable(d + [sep] for d in ids)), dtype=torch.long), length - 1
+    rows = nn.functional.pad(flat[:len(flat) // fill * fill].view(-1, fill), (1, 0), value=sep)
     if not per_document: return rows
     index = torch.arange(length).expand_as(rows)
     first = torch.cat([torch.ones_like(rows[:, :1], dtype=torch.bool), rows[:, :-1] == sep], 1)
     return torch.stack([rows, index - torch.where(first, index, 0).cummax(1).values], 1)
 
-def _pad(ids: list[list[int]], length: int) -> Tensor:
-    "One document a row, cut at `length` or filled with −1."
-    return torch.tensor([d[:length] + [-1] * (length - len(d)) for d in ids if len(d) > 1], dtype=torch.long).view(-1, length)
+def _pad(ids: list[list[int]], length: int, sep: int) -> Tensor:
+    "One document a row after the separator, cut at `length` or filled with −1."
+    return torch.tensor([([sep] + d + [-1] * length)[:length] for d in ids if d], dtype=torch.long).view(-1, length)
 
 # %% ../nbs/00_text.ipynb #c93a6ccd
 def _tokens(documents: Iterable[str], tok, want: dict[bool, int], share: float) -> dict[bool, list[list[int]]]:
@@ -206,7 +206,7 @@ def _tokens(documents: Iterable[str], tok, want: dict[bool, int], share: float) 
             if size[side] < want[side]: got[side].append(ids); size[side] += len(ids) + 1
     return got
 
-# %% ../nbs/00_text.ipynb #a2597b03
+# %% ../nbs/00_text.ipynb #8a25de1e
 def token_blocks(source, tok, length: int = 256, tokens: int = 2**21, valid_tokens: int = 2**15, *,
                  pack: bool = True, per_document: bool = False, share: float = 0.05) -> Blocks:
     """Rows of `length` tokens from `source`, a corpus name or an iterable of documents.
@@ -215,7 +215,7 @@ def token_blocks(source, tok, length: int = 256, tokens: int = 2**21, valid_toke
     Raises `UsageError` where the text does not fill one row."""
     documents = corpus(source) if isinstance(source, str) else source
     got = _tokens(documents, tok, {False: tokens, True: valid_tokens}, share)
-    rows = {side: _pack(ids, length, separator(tok), per_document) if pack else _pad(ids, length) for side, ids in got.items()}
+    rows = {side: _pack(ids, length, separator(tok), per_document) if pack else _pad(ids, length, separator(tok)) for side, ids in got.items()}
     train, valid = rows[False][:max(tokens // length, 1)], rows[True][:max(valid_tokens // length, 1)]
     if not len(valid) and (tokens and not len(train) or valid_tokens):
         raise UsageError(f"text {source if isinstance(source, str) else 'given'!r} is too short: {sum(map(len, chain(*got.values())))} tokens, "

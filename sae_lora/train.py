@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'ADAPTER', 'bf16_pays', 'arithmetic', 'kl_loss', 'distill'
            'loop', 'save', 'restore', 'fit_lora', 'finetune_sae', 'LinearAdapter', 'fit_linear', 'harvest', 'new_sae',
            'unscaled', 'fit_sae', 'fit_e2e']
 
-# %% ../nbs/06_train.ipynb #5b949178
+# %% ../nbs/06_train.ipynb #2517589a
 import hashlib, json, math, time
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 
 from .files import UsageError, written
 from .lm import Head, head, hidden, layers, resume
-from .lora import lora_layers, lora_parameters, without_lora
-from .metrics import losses
+from .lora import lora_parameters, without_lora
+from .metrics import shared_layer
 from .sae import fingerprint, reconstruct
 from .splice import check_saes, replaced, splice
 from .text import model_inputs
@@ -88,26 +88,36 @@ def kl_loss(W: Head, student: Tensor, teacher: Tensor, chunk: int = 256) -> Tens
     The soft-cap and scale of the head are inside. Logits exist for `chunk` positions at a time; gradient reaches `student` alone."""
     return _KL.apply(student, teacher.detach(), W, chunk)
 
-# %% ../nbs/06_train.ipynb #c78d4847
+# %% ../nbs/06_train.ipynb #5732de36
+@contextmanager
+def _frozen_in_bf16(lm, on: bool):
+    "While inside, and `on`, the frozen linears of the decoder blocks hold bfloat16 weights."
+    held = [(m, m.weight.data) for m in layers(lm).modules() if on and isinstance(m, nn.Linear) and not m.weight.requires_grad and m.weight.dtype == torch.float32]
+    try:
+        for m, w in held: m.weight.data = w.bfloat16()
+        yield
+    finally:
+        for m, w in held: m.weight.data = w
+
+# %% ../nbs/06_train.ipynb #3d7e6732
 def distill(lm, saes: dict, W: Head, batch: dict, keep: str = "special") -> Tensor:
     "Mean KL per position from *base* to the spliced model on one batch, with gradient to whatever in adapter or SAEs wants it."
-    first, adapted = min(saes), lora_layers(lm)
-    with torch.no_grad(), without_lora(lm):
-        prefix = hidden(lm, batch, first)
-        with resume(lm, first, prefix): teacher = hidden(lm, batch, "final")
-    shared = not adapted or min(adapted) > first
-    with resume(lm, first, prefix) if shared else nullcontext(), splice(lm, saes, keep): student = hidden(lm, batch, "final")
+    start = shared_layer(lm, saes)
+    with torch.no_grad(): prefix = hidden(lm, batch, start)
+    with resume(lm, start, prefix):
+        with torch.no_grad(), without_lora(lm): teacher = hidden(lm, batch, "final")
+        with splice(lm, saes, keep): student = hidden(lm, batch, "final")
     real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"], dtype=torch.bool)
     return kl_loss(W, student[real], teacher[real])
 
-# %% ../nbs/06_train.ipynb #485ae418
+# %% ../nbs/06_train.ipynb #b92f4108
 def distill_published(lm, saes: dict, W: Head, batch: dict, keep: str = "none") -> Tensor:
     "The published loss: full passes, logits of every position at once, KL summed over positions and averaged over rows."
     with torch.no_grad(), without_lora(lm): teacher = lm(**batch | {"use_cache": False}).logits.float().softmax(-1)
     with splice(lm, saes, keep): student = lm(**batch | {"use_cache": False}).logits.float().log_softmax(-1)
     return nn.functional.kl_div(student, teacher, reduction="batchmean")
 
-# %% ../nbs/06_train.ipynb #381859d4
+# %% ../nbs/06_train.ipynb #452282e8
 def order(rows: int, size: int, seed: int):
     "A function from a step to the indices `(size,)` of its rows: random orders of all rows, one after another."
     @lru_cache(2)
@@ -117,14 +127,14 @@ def order(rows: int, size: int, seed: int):
         return torch.cat([epoch(e)[max(start - e * rows, 0):stop - e * rows] for e in range(start // rows, (stop - 1) // rows + 1)])
     return at
 
-# %% ../nbs/06_train.ipynb #bcead3d6
+# %% ../nbs/06_train.ipynb #39003882
 def schedule(step: int, steps: int, warmup: float = 0.05, decay: str = "linear") -> float:
     "The share of the full learning rate at `step`: up over the first `warmup` of the steps, then `linear` or `cosine` to zero, or `constant`."
     up, through = max(round(warmup * steps), 1), step / steps
     down = {"linear": (1 - through) / (1 - warmup), "cosine": 0.5 + 0.5 * math.cos(math.pi * through), "constant": 1.0}[decay]
     return min((step + 1) / up, down, 1.0)
 
-# %% ../nbs/06_train.ipynb #3cae27c3
+# %% ../nbs/06_train.ipynb #d323cfb9
 def loop(loss_of, params: dict[str, nn.Parameter], steps: int, step_tokens: int, *, lr: float, warmup=0.05, decay="linear", clip=1.0, weight_decay=0.0, betas=(0.9, 0.999),
          checkpoint=None, run: dict = {}, state: dict = {}, measure=None, callback=None, points: int = 50, label="train") -> list[dict]:
     """Minimise `loss_of(step)` over `params` with AdamW; the curve: rows of `step, tokens, loss, lr, seconds`, and what `measure()` adds.
@@ -152,14 +162,14 @@ def loop(loss_of, params: dict[str, nn.Parameter], steps: int, step_tokens: int,
                 if callback: callback(curve[-1])
     return curve
 
-# %% ../nbs/06_train.ipynb #7929d9cd
+# %% ../nbs/06_train.ipynb #745aa605
 def save(path, params: dict, opt, run: dict, state: dict, curve: list[dict]):
     "Write the state of a run to one safetensors file."
     tensors = {f"param/{n}": p.detach() for n, p in params.items()} | {f"state/{n}": t for n, t in state.items()} | {"random": torch.get_rng_state()}
     for n, p in params.items(): tensors |= {f"{k}/{n}": v.detach() for k, v in opt.state[p].items()}
     with written(path) as part: save_file({n: t.contiguous() for n, t in tensors.items()}, part, {"run": json.dumps(run, sort_keys=True), "curve": json.dumps(curve)})
 
-# %% ../nbs/06_train.ipynb #e13daa85
+# %% ../nbs/06_train.ipynb #67c195d3
 def restore(path, params: dict, opt, run: dict, state: dict) -> list[dict]:
     "Load a checkpoint, where there is one, into parameters, optimizer and `state`; the curve so far. Refuses one of another run."
     if not path or not Path(path).exists(): return []
@@ -174,20 +184,20 @@ def restore(path, params: dict, opt, run: dict, state: dict) -> list[dict]:
         torch.set_rng_state(f.get_tensor("random"))
         return json.loads(f.metadata()["curve"])
 
-# %% ../nbs/06_train.ipynb #40792e1a
+# %% ../nbs/06_train.ipynb #bd4faf99
 RECIPES = {
-    "fast": dict(batch=4, lr=2e-3, warmup=0.05, decay="linear", clip=1.0, weight_decay=0.0, betas=(0.9, 0.99)),
+    "fast": dict(batch=4, lr=1e-3, warmup=0.05, decay="linear", clip=1.0, weight_decay=0.0, betas=(0.9, 0.99)),
     "published": dict(batch=1, lr=5e-5, warmup=0.0, decay="constant", clip=1.0, weight_decay=0.01, betas=(0.9, 0.999)),
 }
 ADAPTER = {"fast": dict(), "published": dict(alpha=32, lora_dropout=0.1)}  # what each recipe asks of `add_lora`
 
-# %% ../nbs/06_train.ipynb #c6d7b1db
+# %% ../nbs/06_train.ipynb #b8085c51
 def _recipe(name: str, changes: dict) -> dict:
     "A recipe's settings with some changed."
     if name not in RECIPES: raise UsageError(f"recipe {name!r}; give one of {', '.join(RECIPES)}")
     return RECIPES[name] | changes
 
-# %% ../nbs/06_train.ipynb #641520ae
+# %% ../nbs/06_train.ipynb #24375213
 @contextmanager
 def _published_conditions(lm):
     "Eager attention and live adapter dropout, as the published loop had them; afterwards as before."
@@ -200,7 +210,7 @@ def _published_conditions(lm):
         for m in drops: m.eval()
         lm.set_attn_implementation(attention)
 
-# %% ../nbs/06_train.ipynb #97b3da1e
+# %% ../nbs/06_train.ipynb #bd4e463a
 def _fit_kl(lm, saes: dict, params: dict, rows: Tensor, tokens: int, recipe: str, *, seed=0, keep="special", precision="auto", checkpoint=None, measure=None, callback=None, **changes) -> list[dict]:
     "The loop on the KL objective: whatever is in `params` gets the gradient."
     settings, published, W = _recipe(recipe, changes), recipe == "published", head(lm)
@@ -209,14 +219,15 @@ def _fit_kl(lm, saes: dict, params: dict, rows: Tensor, tokens: int, recipe: str
     if tokens < step_tokens: raise UsageError(f"{tokens} tokens are less than one step of {batch} rows of {rows.shape[-1]}; give at least {step_tokens}")
     run = dict(tokens=tokens, recipe=recipe, seed=seed, keep=keep, precision=precision, batch=batch, params=sorted(params), trainable=sum(p.numel() for p in params.values()),
                saes={i: fingerprint(sae) for i, sae in saes.items()}, rows=hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16], **settings)
+    fast = arithmetic(device, "fp32" if published else precision)
+    if fast._enabled: W = W._replace(weight=W.weight.to(torch.bfloat16))
     def loss_of(step):
-        with arithmetic(device, "fp32" if published else precision):
-            return (distill_published if published else distill)(lm, saes, W, model_inputs(rows[at(step)].to(device)), keep)
+        with fast: return (distill_published if published else distill)(lm, saes, W, model_inputs(rows[at(step)].to(device)), keep)
     torch.manual_seed(seed)
-    with _published_conditions(lm) if published else nullcontext():
+    with _published_conditions(lm) if published else _frozen_in_bf16(lm, fast._enabled):
         return loop(loss_of, params, tokens // step_tokens, step_tokens, run=run, checkpoint=checkpoint, measure=measure, callback=callback, **settings)
 
-# %% ../nbs/06_train.ipynb #6c4c4f8b
+# %% ../nbs/06_train.ipynb #055d0607
 def fit_lora(lm, saes: dict, rows: Tensor, tokens: int = 65_536, recipe: str = "fast", **options) -> list[dict]:
     """Train the adapter of `lm` so that the model with `saes` in predicts as the model without; the curve.
 
@@ -226,14 +237,14 @@ def fit_lora(lm, saes: dict, rows: Tensor, tokens: int = 65_536, recipe: str = "
     if not params: raise UsageError("the model has no trainable adapter; add one with add_lora")
     return _fit_kl(lm, check_saes(lm, saes), params, rows, tokens, recipe, **options)
 
-# %% ../nbs/06_train.ipynb #fa8a4afd
+# %% ../nbs/06_train.ipynb #22b600a8
 def _trained(sae, names=None) -> dict[str, nn.Parameter]:
     "The parameters of a module, set to receive gradient."
     chosen = {n: p for n, p in sae.named_parameters() if names is None or n in names}
     for p in chosen.values(): p.requires_grad_(True)
     return chosen
 
-# %% ../nbs/06_train.ipynb #b3596eaa
+# %% ../nbs/06_train.ipynb #c11ab857
 def finetune_sae(lm, saes: dict, rows: Tensor, tokens: int = 65_536, parameters=None, **options) -> list[dict]:
     "Train the SAEs themselves, in place, with the KL objective (Karvonen 2025); `parameters` names those to train (`[\"b_dec\"]`), all by default. The curve."
     saes = check_saes(lm, saes)
@@ -242,7 +253,7 @@ def finetune_sae(lm, saes: dict, rows: Tensor, tokens: int = 65_536, parameters=
     finally:
         for sae in saes.values(): sae.requires_grad_(False)
 
-# %% ../nbs/06_train.ipynb #a4bf3414
+# %% ../nbs/06_train.ipynb #1da8aedc
 class LinearAdapter(nn.Module):
     "An SAE followed by a low-rank linear map of its reconstruction, `x̂ + B A x̂`; the identity at first."
     def __init__(self, sae, rank: int, seed: int = 0):
@@ -256,14 +267,14 @@ class LinearAdapter(nn.Module):
         y = reconstruct(self.sae, x)
         return y + y @ self.A.T @ self.B.T
 
-# %% ../nbs/06_train.ipynb #b3c52526
+# %% ../nbs/06_train.ipynb #ac6cca8b
 def fit_linear(lm, saes: dict, rows: Tensor, tokens: int = 65_536, rank: int = 64, **options) -> tuple[dict, list[dict]]:
     "Train a linear map of rank `rank` after each SAE with the KL objective: the SAEs with their maps, to be spliced like any others, and the curve."
     adapted = {i: LinearAdapter(sae, rank, options.get("seed", 0)).to(sae.W_dec.device) for i, sae in check_saes(lm, saes).items()}
     params = {f"{i}.{n}": p for i, sae in adapted.items() for n, p in _trained(sae, ("A", "B")).items()}
     return adapted, _fit_kl(lm, adapted, params, rows, tokens, "fast", **options)
 
-# %% ../nbs/06_train.ipynb #991ea80d
+# %% ../nbs/06_train.ipynb #510bdad8
 @torch.no_grad()
 def harvest(lm, rows: Tensor, layer: int, keep: str = "special", batch: int = 16, path=None) -> Tensor:
     "Hidden states at `layer` that a splice would replace, `(positions, width)`, bfloat16; in a memory-mapped file at `path` where given."
@@ -278,7 +289,7 @@ def harvest(lm, rows: Tensor, layer: int, keep: str = "special", batch: int = 16
         n += len(x)
     return out[:n]
 
-# %% ../nbs/06_train.ipynb #d73b18d3
+# %% ../nbs/06_train.ipynb #24888f22
 def new_sae(x: Tensor, width: int, k: int, seed: int = 0, **metadata):
     "A fresh TopK training SAE for hidden states like `x`, and the factor that brings them to unit variance per dimension."
     from sae_lens.saes.sae import SAEMetadata
@@ -291,7 +302,7 @@ def new_sae(x: Tensor, width: int, k: int, seed: int = 0, **metadata):
     sae.b_dec.data = x.mean(0) * factor
     return sae, factor
 
-# %% ../nbs/06_train.ipynb #b83b50d9
+# %% ../nbs/06_train.ipynb #45162f0e
 @torch.no_grad()
 def unscaled(sae, factor: float):
     "The inference SAE of a training SAE that saw hidden states times `factor`: unit decoder rows, activations in the hidden states' own unit."
@@ -301,12 +312,14 @@ def unscaled(sae, factor: float):
     out.load_state_dict(dict(W_enc=sae.W_enc * norm, b_enc=sae.b_enc * norm / factor, W_dec=sae.W_dec / norm[:, None], b_dec=sae.b_dec / factor))
     return out.eval().requires_grad_(False)
 
-# %% ../nbs/06_train.ipynb #ae69d780
-def fit_sae(x: Tensor, tokens: int, width: int = 4608, k: int = 32, lr: float = 3e-3, batch: int = 1024, seed: int = 0, dead_after: int = 200_000, metadata: dict = {}, **options) -> tuple:
+# %% ../nbs/06_train.ipynb #00ba95e7
+def fit_sae(x: Tensor, tokens: int, width: int = 4608, k: int = 32, lr: float = 2e-3, batch: int = 1024, seed: int = 0, dead_after: int = 200_000, metadata: dict = {}, **options) -> tuple:
     """Train a TopK SAE to reconstruct hidden states `x` `(positions, width of the model)`: the SAE and the curve, whose `loss` is the FVU plus the auxiliary loss.
 
-    `tokens` counts positions, in random order, several times over where it exceeds them; a latent is dead after `dead_after` positions without firing. `options` go to `loop`."""
+    Stray attention sinks (norm over ten times the median, one position in thousands) are left out: one of them weighs as much as ten thousand others. `tokens` counts positions, in random order, several times over where it exceeds them; a latent is dead after `dead_after` positions without firing. `options` go to `loop`."""
     from sae_lens.saes.sae import TrainStepInput
+    norm = torch.cat([c.float().norm(dim=-1) for c in x.split(2**16)])
+    x = x[norm < 10 * norm.median()]
     sae, factor = new_sae(x, width, k, seed, **metadata)
     at, silent = order(len(x), batch, seed), torch.zeros(width, dtype=torch.long)
     def loss_of(step):
@@ -318,7 +331,7 @@ def fit_sae(x: Tensor, tokens: int, width: int = 4608, k: int = 32, lr: float = 
     curve = loop(loss_of, _trained(sae), tokens // batch, batch, lr=lr, run=run, state={"silent": silent}, label=f"SAE {width}, k={k}", **options)
     return unscaled(sae, factor), curve
 
-# %% ../nbs/06_train.ipynb #aab46890
+# %% ../nbs/06_train.ipynb #d4382ace
 def fit_e2e(lm, layer: int, rows: Tensor, tokens: int, width: int = 4608, k: int = 32, **options) -> tuple:
     "Train a TopK SAE at `layer` from random weights with the KL objective alone: the SAE and the curve."
     sae, factor = new_sae(harvest(lm, rows[:64], layer), width, k, options.get("seed", 0), hook_name=f"blocks.{layer}.hook_resid_post", model_name=lm.name_or_path)
