@@ -75,11 +75,12 @@ def _default_dtype(device: str) -> torch.dtype:
     "float32 on a processor; bfloat16 on a GPU that has it."
     return torch.bfloat16 if device.startswith("cuda") and torch.cuda.is_bf16_supported() else torch.float32
 
-# %% ../nbs/01_lm.ipynb #f9c8f5e4
+# %% ../nbs/01_lm.ipynb #bc1481d8
 def _from_pretrained(name: str, dtype) -> tuple:
     "Model and tokenizer of a hub id, a folder or a GGUF file."
     path = Path(name).expanduser()
     if path.suffix == ".gguf" and path.is_file(): return _load_gguf(path, dtype)
+    if name.startswith((".", "/", "~")) and not path.exists(): raise UsageError(f"model {name!r}: no such file or folder")
     place = str(EMBEDDED[name]()) if name in EMBEDDED else str(path) if path.exists() else name
     try:
         lm = _quietly(AutoModelForCausalLM.from_pretrained, place, dtype=dtype, trust_remote_code=False, use_safetensors=True)

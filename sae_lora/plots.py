@@ -18,7 +18,7 @@ def style():
     sns.set_theme(style="whitegrid", context="notebook", rc={"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#999999",
                   "grid.color": "#e6e6e6", "figure.dpi": 110, "savefig.dpi": 160, "axes.titlelocation": "left", "legend.frameon": False})
 
-# %% ../nbs/09_plots.ipynb #dc04e71e
+# %% ../nbs/09_plots.ipynb #a6c7f9f2
 def curve(rows: pd.DataFrame, ce: dict[str, float] | None = None, ax=None):
     """The training curve: KL against tokens, from the rows that a `fit_` function gives back.
 
@@ -31,7 +31,7 @@ def curve(rows: pd.DataFrame, ce: dict[str, float] | None = None, ax=None):
     if ce: models(ce, axes[0, 1])
     return ax
 
-# %% ../nbs/09_plots.ipynb #41ff8739
+# %% ../nbs/09_plots.ipynb #db237380
 def models(ce: dict[str, float], ax=None):
     "The cross-entropies of the four models as points on one line, labelled."
     ax = ax or plt.gca()

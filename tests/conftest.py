@@ -6,6 +6,7 @@ import pytest
 import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub
 ROOT = Path(__file__).parent.parent
 
 

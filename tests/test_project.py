@@ -57,7 +57,7 @@ def test_notebooks_and_package_are_in_sync(root, tmp_path):
 
 
 def test_cells_and_modules_are_small(root):
-    for path in (root / "sae_lora").glob("[a-z]*.py"): assert len(path.read_text().splitlines()) <= 330, path
+    for path in (root / "sae_lora").glob("[a-z]*.py"): assert sum(1 for l in path.read_text().splitlines() if l.strip() and not l.startswith("# %%")) <= 300, path
     sizes = [len(source(c).splitlines()) - 1 for nb in notebooks(root) for c in cells(nb) if c["cell_type"] == "code" and source(c).startswith("#| export")]
     assert max(sizes) <= 40 and statistics.median(sizes) <= 10, (max(sizes), statistics.median(sizes))
 
