@@ -55,7 +55,7 @@ def peak_memory() -> int:
     "The most memory this process has held, in bytes; on a GPU, the most that was allocated there."
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/11_cli.ipynb #ef97eaa7
+# %% ../nbs/11_cli.ipynb #d7aff827
 def report(lm, saes: dict, blocks, keep: str, **about) -> dict:
     "Measure the four models and the SAEs on the validation rows of `blocks`; `about` is passed through."
     measured, own = fidelity(lm, saes, blocks.valid, keep), {i: sparsity(lm, s, i, blocks.valid, keep) for i, s in saes.items()}
@@ -64,7 +64,7 @@ def report(lm, saes: dict, blocks, keep: str, **about) -> dict:
     return dict(model=lm.name_or_path, saes=described, text=blocks.source, text_hash=blocks.hash, length=blocks.valid.shape[-1], keep=keep, **about, valid_tokens=measured.pop("tokens"), **measured,
                 l0=mean("l0"), fvu=mean("fvu"), peak_memory_bytes=peak_memory(), versions={p: version(p) for p in ("sae_lora", "torch", "transformers", "peft", "sae_lens")})
 
-# %% ../nbs/11_cli.ipynb #1fd7fe53
+# %% ../nbs/11_cli.ipynb #25a4d6e0
 def sentence(r: dict) -> str:
     "What happened, in one sentence."
     low, high = r["ci95"]["gap_closed"]
@@ -72,7 +72,7 @@ def sentence(r: dict) -> str:
     return (f"Splicing the SAE in at layer {where} of {r['model']} costs {r['gap']:.3f} nats per token on {r['text']} text; the adapter wins back "
             f"{r['gap_closed']:.1%} of that (95% interval {low:.1%} to {high:.1%}).")
 
-# %% ../nbs/11_cli.ipynb #152968a8
+# %% ../nbs/11_cli.ipynb #fac7de3c
 def show(r: dict, console: Console):
     "Print the table of the four models and the sentence."
     table = Table("model", "SAE", "adapter", "cross-entropy", "KL from base")
@@ -81,14 +81,14 @@ def show(r: dict, console: Console):
     console.print(table)
     console.print(sentence(r), highlight=False)
 
-# %% ../nbs/11_cli.ipynb #28fe5196
+# %% ../nbs/11_cli.ipynb #bd7f5a97
 def _folder(out: Path, resume: bool):
     "Refuse a folder that holds a finished run, or anything at all unless it is to be resumed."
     if (out / "report.json").exists(): raise UsageError(f"{out} holds a finished run; choose another --out")
     if out.exists() and any(out.iterdir()) and not resume: raise UsageError(f"{out} is not empty; choose another --out, or --resume the run it holds")
     if out.is_file(): raise UsageError(f"{out} is a file; --out is a folder")
 
-# %% ../nbs/11_cli.ipynb #6431340e
+# %% ../nbs/11_cli.ipynb #610ad47d
 def _write(folder: Path, name: str, r: dict):
     "Write a report as JSON, whole or not at all."
     with written(folder / name) as part: part.write_text(json.dumps(r, indent=1) + "\n")
@@ -99,7 +99,7 @@ def _picture(folder: Path, curve: list[dict], r: dict):
     import pandas as pd
     with written(folder / "curve.png") as part: plot_curve(pd.DataFrame(curve), r["ce"]).figure.savefig(part, format="png")
 
-# %% ../nbs/11_cli.ipynb #b54bd283
+# %% ../nbs/11_cli.ipynb #506c3856
 def run_adapt(out: Path, model="smollm2-135m", sae=("default",), text="default", rank=64, layers="after", tokens=196_608, valid_tokens=16_384, length=256,
               recipe="fast", keep="special", seed=0, resume=False, **changes) -> tuple:
     "Splice, adapt, measure and save: the model, its SAEs, the blocks and the report. `changes` (`lr`, `batch`) replace settings of the recipe."
@@ -119,7 +119,7 @@ def run_adapt(out: Path, model="smollm2-135m", sae=("default",), text="default",
     (out / "state.safetensors").unlink()
     return lm, tok, saes, blocks, r
 
-# %% ../nbs/11_cli.ipynb #6164f2bd
+# %% ../nbs/11_cli.ipynb #54388488
 app = typer.Typer(help="Fine-tune a language model around its sparse autoencoder with LoRA.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else, on standard output.")]
@@ -132,7 +132,7 @@ Tokens = Annotated[int, typer.Option(min=1, help="Training budget in tokens.")]
 def _say(r: dict, as_json: bool, console: Console | None = None):
     print(json.dumps(r, indent=1)) if as_json else show(r, console or Console())
 
-# %% ../nbs/11_cli.ipynb #d81c109a
+# %% ../nbs/11_cli.ipynb #3eafedd6
 @app.command()
 def adapt(out: Out, model: Model = "smollm2-135m",
           sae: Annotated[list[str], typer.Option(help="[LAYER=]SPEC: default, a SAELens or Gemma Scope folder, or release:id of the SAELens registry. Repeatable.")] = ["default"],
@@ -151,7 +151,7 @@ def adapt(out: Out, model: Model = "smollm2-135m",
     *_, r = run_adapt(out, model, sae, text, rank, layers, tokens, valid_tokens, length, recipe, keep, seed, resume, lr=lr, batch=batch)
     _say(r, as_json)
 
-# %% ../nbs/11_cli.ipynb #ed722e26
+# %% ../nbs/11_cli.ipynb #726232b4
 @app.command()
 def demo(out: Out = Path("sae-lora-demo"), tokens: Tokens = 196_608, seed: Seed = 0, as_json: Json = False):
     "The whole method on a real model, with nothing to fetch by hand: SmolLM2-135M, the SAE that comes with this package, about seven minutes on two cores."
@@ -159,7 +159,7 @@ def demo(out: Out = Path("sae-lora-demo"), tokens: Tokens = 196_608, seed: Seed 
     _say(r, as_json)
     if not as_json: passages(lm, tok, saes, blocks.valid[:24], Console())
 
-# %% ../nbs/11_cli.ipynb #8896749f
+# %% ../nbs/11_cli.ipynb #04b362c0
 def passages(lm, tok, saes: dict, rows: torch.Tensor, console: Console, n: int = 3, width: int = 48):
     "Print the stretches of `rows` whose loss the adapter changed most: green where it fell, red where it rose, and the tokens that changed most."
     ce = token_losses(lm, saes, rows)["ce"]
@@ -173,7 +173,7 @@ def passages(lm, tok, saes: dict, rows: torch.Tensor, console: Console, n: int =
         most = g.topk(3).indices.tolist()
         console.print("   loss, spliced → adapted: " + ", ".join(f"{tok.decode(ids[i])!r} {ce['spliced'][row, start + i]:.1f} → {ce['adapted'][row, start + i]:.1f}" for i in most), highlight=False)
 
-# %% ../nbs/11_cli.ipynb #d288340b
+# %% ../nbs/11_cli.ipynb #5ad79e28
 @app.command()
 def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or demo wrote.")], text: Source = "default",
              valid_tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure on.")] = 16_384,
@@ -189,7 +189,7 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or
     _write(out.parent, out.name, r)
     _say(r, as_json)
 
-# %% ../nbs/11_cli.ipynb #0397a728
+# %% ../nbs/11_cli.ipynb #f54cb93e
 SAE_CARD = """---
 library_name: saelens
 ---
@@ -209,13 +209,13 @@ On {valid_tokens:,} held-out tokens of `{text}` text: L0 {l0:.1f}, FVU {fvu:.4f}
     sae = SAE.load_from_disk("this/folder")
 """
 
-# %% ../nbs/11_cli.ipynb #e477e637
+# %% ../nbs/11_cli.ipynb #1ad06ce4
 def measure_sae(lm, sae, layer: int, rows: torch.Tensor) -> dict:
     "L0, FVU and dead latents on all `rows`, and the loss of base and spliced model on the first eighth of them."
     own = sparsity(lm, sae, layer, rows)
     return fidelity(lm, {layer: sae}, rows[:max(len(rows) // 8, 1)]) | own | dict(valid_tokens=rows.numel())
 
-# %% ../nbs/11_cli.ipynb #f0f57251
+# %% ../nbs/11_cli.ipynb #36d22322
 @app.command(name="train-sae")
 def train_sae(out: Out, model: Model = "smollm2-135m", text: Source = "default",
               layer: Annotated[int, typer.Option(help="Layer whose output it reconstructs.")] = 14,
@@ -239,7 +239,7 @@ def train_sae(out: Out, model: Model = "smollm2-135m", text: Source = "default",
     _write(out, "report.json", r)
     print(json.dumps(r, indent=1) if as_json else (out / "README.md").read_text().split("---\n")[-1])
 
-# %% ../nbs/11_cli.ipynb #50e03df6
+# %% ../nbs/11_cli.ipynb #7dbd07fe
 def main():
     "The `sae-lora` command: a user's mistake is one line and exit code 2."
     try: app()
