@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CARD', 'lora_parameters', 'lora_layers', 'add_lora', 'without_lora', 'save_adapter', 'load_adapter']
 
-# %% ../nbs/04_lora.ipynb #4d09d747
-import json
+# %% ../nbs/04_lora.ipynb #9bb0247d
+import json, warnings
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .files import UsageError, written
-from .lm import layers as blocks_of, linears, special_ids
+from .lm import layers as blocks_of, linears, quietly, special_ids
 from .sae import fingerprint, hook_name, load_sae, save_sae
 from .splice import check_saes
 
@@ -121,13 +121,15 @@ def _card(about: dict, config) -> str:
     said = f"{table}\n\nGap closed: {closed:.1%} on {about['metrics'].get('text', 'held-out text')}." if ce else "Not measured yet."
     return CARD.format(model=about["model"], saes=rows, rank=config.r, alpha=config.lora_alpha, metrics=said, **about["positions"])
 
-# %% ../nbs/04_lora.ipynb #0d6179ef
+# %% ../nbs/04_lora.ipynb #f81ffd5a
 def save_adapter(lm, saes: dict, folder, keep: str = "special", metrics: dict | None = None):
     "Write the adapter to `folder`: PEFT's files, `sae_lora.json` and a model card. `metrics` is what `fidelity` measured."
     if not lora_parameters(lm): raise UsageError("the model has no adapter to save; add one with add_lora")
     saes, about = check_saes(lm, saes), _describe(lm, saes, keep, metrics or {})
     with written(folder) as part:
-        lm.save_pretrained(part)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PEFT looks for the base model on the hub, and says so where there is none
+            quietly(lm.save_pretrained, part)
         for s in about["saes"]:
             if s["source"] == "memory": save_sae(saes[s["layer"]], part / (name := f"sae-{s['layer']}")); s["source"] = name
         (part / "sae_lora.json").write_text(json.dumps(about, indent=1) + "\n")
