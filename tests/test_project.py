@@ -80,7 +80,7 @@ def test_the_project_speaks_of_itself_alone(root):
 
 @pytest.mark.parametrize("name", ["00_files", "00_text", "01_lm", "02_sae", "03_splice", "04_lora", "05_metrics", "06_train", "08_results", "09_plots", "11_cli"])
 def test_notebook_runs(root, name):
-    done = subprocess.run([sys.executable, "-c", f"from nbdev.test import test_nb; import sys; ok, t = test_nb('nbs/{name}.ipynb', do_print=False); print(f'{{t:.0f}} s'); sys.exit(not ok)"],
+    done = subprocess.run([sys.executable, "-c", f"import sys; from pathlib import Path; from nbdev.test import test_nb; ok, t = test_nb(Path('nbs/{name}.ipynb')); print(f'{{t:.0f}} s'); sys.exit(not ok)"],
                           cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
