@@ -7,8 +7,8 @@ __all__ = ['app', 'Json', 'Seed', 'Model', 'Source', 'Out', 'Tokens', 'SAE_CARD'
            'report', 'sentence', 'show', 'run_adapt', 'adapt', 'demo', 'passages', 'evaluate', 'measure_sae',
            'train_sae', 'main']
 
-# %% ../nbs/11_cli.ipynb #99542b6e
-import json, resource, sys, time
+# %% ../nbs/11_cli.ipynb #85048897
+import json, resource, sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Optional
@@ -20,14 +20,14 @@ from rich.table import Table
 from rich.text import Text
 
 from .files import UsageError, written
-from .lm import head, layers as blocks_of, load_lm
+from .lm import layers as blocks_of, load_lm
 from .lora import add_lora, load_adapter, save_adapter
 from .metrics import fidelity, sparsity, token_losses
 from .plots import curve as plot_curve
 from .sae import fingerprint, hook_name, load_sae, save_sae, site
 from .splice import check_fit, check_saes
 from .text import model_inputs, token_blocks
-from .train import ADAPTER, RECIPES, fit_lora, fit_sae, harvest
+from .train import ADAPTER, fit_lora, fit_sae, harvest
 
 # %% ../nbs/11_cli.ipynb #f7ab3b08
 def parse_saes(specs: list[str]) -> dict:
@@ -151,10 +151,10 @@ def adapt(out: Out, model: Model = "smollm2-135m",
     *_, r = run_adapt(out, model, sae, text, rank, layers, tokens, valid_tokens, length, recipe, keep, seed, resume, lr=lr, batch=batch)
     _say(r, as_json)
 
-# %% ../nbs/11_cli.ipynb #726232b4
+# %% ../nbs/11_cli.ipynb #6f03ad09
 @app.command()
 def demo(out: Out = Path("sae-lora-demo"), tokens: Tokens = 196_608, seed: Seed = 0, as_json: Json = False):
-    "The whole method on a real model, with nothing to fetch by hand: SmolLM2-135M, the SAE that comes with this package, about seven minutes on two cores."
+    "The whole method on a real model, with nothing to fetch by hand: SmolLM2-135M, the SAE that comes with this package, about eight minutes on two cores."
     lm, tok, saes, blocks, r = run_adapt(out, tokens=tokens, seed=seed)
     _say(r, as_json)
     if not as_json: passages(lm, tok, saes, blocks.valid[:24], Console())

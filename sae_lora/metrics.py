@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['losses', 'shared_layer', 'four_models', 'token_losses', 'bootstrap', 'fidelity', 'sparsity']
 
-# %% ../nbs/05_metrics.ipynb #fc8ef5eb
+# %% ../nbs/05_metrics.ipynb #edbb5f46
 import torch
 from torch import Tensor
 
 from .lm import Head, head, hidden, resume
 from .lora import lora_layers, without_lora
-from .sae import active, reconstruct
+from .sae import reconstruct
 from .splice import check_saes, replaced, splice
 from .text import model_inputs
 

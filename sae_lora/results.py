@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['key', 'provenance', 'Results', 'sweep']
 
-# %% ../nbs/08_results.ipynb #f579b50e
-import hashlib, json, platform, sys
+# %% ../nbs/08_results.ipynb #ec65b8a1
+import hashlib, json, platform
 from importlib.metadata import version
 from pathlib import Path
 from typing import Callable, Iterable

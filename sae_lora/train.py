@@ -7,9 +7,9 @@ __all__ = ['RECIPES', 'ADAPTER', 'bf16_pays', 'arithmetic', 'kl_loss', 'distill'
            'loop', 'save', 'restore', 'fit_lora', 'finetune_sae', 'LinearAdapter', 'fit_linear', 'harvest', 'new_sae',
            'unscaled', 'fit_sae', 'fit_e2e']
 
-# %% ../nbs/06_train.ipynb #2517589a
+# %% ../nbs/06_train.ipynb #67361264
 import hashlib, json, math, time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 

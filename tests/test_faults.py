@@ -1,13 +1,12 @@
 """Bad input gets one clear line and exit code 2, and costs nothing already computed."""
 import errno
-import json
 import sys
 
 import pytest
 import torch
 
 from conftest import random_sae, tiny
-from sae_lora import cli, files, lm as lm_module
+from sae_lora import cli, lm as lm_module
 from sae_lora.files import UsageError, written
 from sae_lora.sae import save_sae
 
