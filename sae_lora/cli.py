@@ -215,15 +215,15 @@ def measure_sae(lm, sae, layer: int, rows: torch.Tensor) -> dict:
     own = sparsity(lm, sae, layer, rows)
     return fidelity(lm, {layer: sae}, rows[:max(len(rows) // 8, 1)]) | own | dict(valid_tokens=rows.numel())
 
-# %% ../nbs/11_cli.ipynb #36d22322
+# %% ../nbs/11_cli.ipynb #062294f8
 @app.command(name="train-sae")
 def train_sae(out: Out, model: Model = "smollm2-135m", text: Source = "default",
               layer: Annotated[int, typer.Option(help="Layer whose output it reconstructs.")] = 14,
               width: Annotated[int, typer.Option(min=1, help="Number of latents.")] = 4608,
               k: Annotated[int, typer.Option(min=1, help="Active latents per position.")] = 32,
-              tokens: Tokens = 3_145_728, text_tokens: Annotated[int, typer.Option(min=1, help="Different tokens of text to gather hidden states from, at most.")] = 2**23,
+              tokens: Tokens = 2**23, text_tokens: Annotated[int, typer.Option(min=1, help="Different tokens of text to gather hidden states from, at most.")] = 2**23,
               lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3, batch: Annotated[int, typer.Option(help="Positions a step.")] = 1024,
-              valid_tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens to measure on; the loss on the first eighth of them.")] = 131_072,
+              valid_tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens to measure on; the loss on the first eighth of them.")] = 98_304,
               half: Annotated[bool, typer.Option(help="Round the weights to float16 in the file.")] = False, seed: Seed = 0, as_json: Json = False):
     "Train a TopK SAE on the hidden states of a model and save it in SAELens format, with a card."
     _folder(out, False)
@@ -231,7 +231,7 @@ def train_sae(out: Out, model: Model = "smollm2-135m", text: Source = "default",
     if not 0 <= layer < len(blocks_of(lm)): raise UsageError(f"layer {layer} does not exist; {model} has layers 0 to {len(blocks_of(lm)) - 1}")
     blocks = token_blocks(text, tok, 256, text_tokens, valid_tokens)
     about = dict(model_name=model, hook_name=f"blocks.{layer}.hook_resid_post", training_text=text, text_hash=blocks.hash)
-    x = harvest(lm, blocks.train, layer)
+    x = harvest(lm, blocks.train, layer, cached=True)
     sae, curve = fit_sae(x, tokens, width, k, lr, batch, seed, metadata=about)
     r = measure_sae(lm, sae, layer, blocks.valid) | dict(model=model, text=text, layer=layer, width=width, k=k, seed=seed, positions=len(x), tokens=tokens, train_seconds=curve[-1]["seconds"])
     low, high = r["ci95"]["gap"]

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['DOCS', 'READERS', 'docstrings', 'corpus', 'for_validation', 'model_inputs', 'Blocks', 'separator', 'token_blocks']
 
-# %% ../nbs/00_text.ipynb #f2076c45
+# %% ../nbs/00_text.ipynb #95e41698
 import ast, csv, hashlib, importlib.util, json, lzma
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import chain, islice
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import Iterable, Iterator
 
@@ -64,16 +64,16 @@ def _prose() -> list[str]:
     with lzma.open(data_path("prose", "prose.jsonl.xz"), "rt", encoding="utf-8") as f: texts = [json.loads(line)["text"] for line in f]
     return sorted(texts, key=_hash)
 
-# %% ../nbs/00_text.ipynb #06144773
+# %% ../nbs/00_text.ipynb #6b6fedc2
 def _interleave(first: list[str], second: list[str], ratio: float) -> Iterator[str]:
-    "Documents of `first` and `second` so that the characters so far are as `ratio` to one, until one runs out."
-    size, sources = [0.0, 0.0], [iter(first), iter(second)]
-    while True:
-        which = 0 if size[0] <= ratio * size[1] else 1
-        doc = next(sources[which], None)
-        if doc is None: return
-        size[which] += len(doc)
+    "All documents of `first`, with those of `second`, over and over, between them, so that the characters so far are as `ratio` to one."
+    size, again = [0, 0], cycle(second)
+    for doc in first:
+        while size[0] > ratio * size[1]:
+            yield (extra := next(again))
+            size[1] += len(extra)
         yield doc
+        size[0] += len(doc)
 
 # %% ../nbs/00_text.ipynb #f77f798e
 def _column(row: dict, where: str) -> str:

@@ -7,9 +7,9 @@ __all__ = ['RECIPES', 'ADAPTER', 'bf16_pays', 'arithmetic', 'kl_loss', 'distill'
            'loop', 'save', 'restore', 'fit_lora', 'finetune_sae', 'LinearAdapter', 'fit_linear', 'harvest', 'new_sae',
            'unscaled', 'fit_sae', 'fit_e2e']
 
-# %% ../nbs/06_train.ipynb #67361264
-import hashlib, json, math, time
-from contextlib import contextmanager
+# %% ../nbs/06_train.ipynb #5374d4f0
+import hashlib, json, math, os, time
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .files import UsageError, written
+from .files import UsageError, cache_path, written
 from .lm import Head, head, hidden, layers, resume
 from .lora import lora_parameters, without_lora
 from .metrics import shared_layer
@@ -274,22 +274,33 @@ def fit_linear(lm, saes: dict, rows: Tensor, tokens: int = 65_536, rank: int = 6
     params = {f"{i}.{n}": p for i, sae in adapted.items() for n, p in _trained(sae, ("A", "B")).items()}
     return adapted, _fit_kl(lm, adapted, params, rows, tokens, "fast", **options)
 
-# %% ../nbs/06_train.ipynb #510bdad8
-@torch.no_grad()
-def harvest(lm, rows: Tensor, layer: int, keep: str = "special", batch: int = 16, path=None) -> Tensor:
-    "Hidden states at `layer` that a splice would replace, `(positions, width)`, bfloat16; in a memory-mapped file at `path` where given."
-    device, width = next(lm.parameters()).device, lm.config.get_text_config().hidden_size
-    size = rows.shape[0] * rows.shape[-1]
-    if path: Path(path).parent.mkdir(parents=True, exist_ok=True)
-    out = torch.from_file(str(path), shared=True, size=size * width, dtype=torch.bfloat16).view(size, width) if path else torch.empty(size, width, dtype=torch.bfloat16)
-    n = 0
-    for some in tqdm(rows.split(batch), desc=f"hidden states at layer {layer}", leave=False):
-        with arithmetic(device): x = replaced(lm, model_inputs(some.to(device)), layer, keep)
-        out[n:n + len(x)] = x
-        n += len(x)
-    return out[:n]
+# %% ../nbs/06_train.ipynb #22e275b9
+def _states_path(lm, rows: Tensor, layer: int, keep: str, fast: bool) -> Path:
+    "The cache file of hidden states: named by the weights up to the layer, the rows, the rule of positions and the arithmetic."
+    digest = hashlib.sha256(repr((layer, keep, fast)).encode() + rows.numpy().tobytes())
+    for part in (lm.get_input_embeddings(), *layers(lm)[:layer + 1]):
+        for name, value in part.state_dict().items(): digest.update(name.encode() + value.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+    return cache_path("states", f"{digest.hexdigest()[:16]}.bf16")
 
-# %% ../nbs/06_train.ipynb #24888f22
+# %% ../nbs/06_train.ipynb #ac312ace
+@torch.no_grad()
+def harvest(lm, rows: Tensor, layer: int, keep: str = "special", batch: int = 8, cached: bool = False) -> Tensor:
+    "Hidden states at `layer` that a splice would replace, `(positions, width)`, bfloat16; if `cached`, memory-mapped from a file in the cache, computed once for these weights and rows."
+    device, width = next(lm.parameters()).device, lm.config.get_text_config().hidden_size
+    size, context = rows.shape[0] * rows.shape[-1] * width, arithmetic(device)
+    path = _states_path(lm, rows, layer, keep, context._enabled) if cached else None
+    mapped = lambda path, size: torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16)
+    if path and path.exists(): return mapped(path, path.stat().st_size // 2).view(-1, width)
+    with written(path) if path else nullcontext() as part, _frozen_in_bf16(lm, context._enabled):
+        n, out = 0, mapped(part, size) if path else torch.empty(size, dtype=torch.bfloat16)
+        for some in tqdm(rows.split(batch), desc=f"hidden states at layer {layer}", leave=False):
+            with context: x = replaced(lm, model_inputs(some.to(device)), layer, keep).flatten()
+            out[n:n + len(x)] = x
+            n += len(x)
+        if path: os.truncate(part, 2 * n)
+    return (mapped(path, n) if path else out[:n]).view(-1, width)
+
+# %% ../nbs/06_train.ipynb #59189a01
 def new_sae(x: Tensor, width: int, k: int, seed: int = 0, **metadata):
     "A fresh TopK training SAE for hidden states like `x`, and the factor that brings them to unit variance per dimension."
     from sae_lens.saes.sae import SAEMetadata
@@ -302,7 +313,7 @@ def new_sae(x: Tensor, width: int, k: int, seed: int = 0, **metadata):
     sae.b_dec.data = x.mean(0) * factor
     return sae, factor
 
-# %% ../nbs/06_train.ipynb #45162f0e
+# %% ../nbs/06_train.ipynb #dcb39f09
 @torch.no_grad()
 def unscaled(sae, factor: float):
     "The inference SAE of a training SAE that saw hidden states times `factor`: unit decoder rows, activations in the hidden states' own unit."
@@ -312,26 +323,26 @@ def unscaled(sae, factor: float):
     out.load_state_dict(dict(W_enc=sae.W_enc * norm, b_enc=sae.b_enc * norm / factor, W_dec=sae.W_dec / norm[:, None], b_dec=sae.b_dec / factor))
     return out.eval().requires_grad_(False)
 
-# %% ../nbs/06_train.ipynb #00ba95e7
+# %% ../nbs/06_train.ipynb #569150e3
 def fit_sae(x: Tensor, tokens: int, width: int = 4608, k: int = 32, lr: float = 2e-3, batch: int = 1024, seed: int = 0, dead_after: int = 200_000, metadata: dict = {}, **options) -> tuple:
     """Train a TopK SAE to reconstruct hidden states `x` `(positions, width of the model)`: the SAE and the curve, whose `loss` is the FVU plus the auxiliary loss.
 
     Stray attention sinks (norm over ten times the median, one position in thousands) are left out: one of them weighs as much as ten thousand others. `tokens` counts positions, in random order, several times over where it exceeds them; a latent is dead after `dead_after` positions without firing. `options` go to `loop`."""
     from sae_lens.saes.sae import TrainStepInput
     norm = torch.cat([c.float().norm(dim=-1) for c in x.split(2**16)])
-    x = x[norm < 10 * norm.median()]
-    sae, factor = new_sae(x, width, k, seed, **metadata)
-    at, silent = order(len(x), batch, seed), torch.zeros(width, dtype=torch.long)
+    usual = (norm < 10 * norm.median()).nonzero()[:, 0]
+    sae, factor = new_sae(x[usual[:65_536]], width, k, seed, **metadata)
+    at, silent = order(len(usual), batch, seed), torch.zeros(width, dtype=torch.long)
     def loss_of(step):
         dead = silent > dead_after
-        with arithmetic("cpu"): out = sae.training_forward_pass(TrainStepInput(x[at(step)].float() * factor, {}, dead, step, False))
+        with arithmetic("cpu"): out = sae.training_forward_pass(TrainStepInput(x[usual[at(step)]].float() * factor, {}, dead, step, False))
         silent.add_(batch).masked_fill_((out.feature_acts > 0).any(0), 0)
         return out.loss / x.shape[1]
-    run = dict(tokens=tokens, width=width, k=k, lr=lr, batch=batch, seed=seed, positions=len(x))
+    run = dict(tokens=tokens, width=width, k=k, lr=lr, batch=batch, seed=seed, positions=len(usual))
     curve = loop(loss_of, _trained(sae), tokens // batch, batch, lr=lr, run=run, state={"silent": silent}, label=f"SAE {width}, k={k}", **options)
     return unscaled(sae, factor), curve
 
-# %% ../nbs/06_train.ipynb #d4382ace
+# %% ../nbs/06_train.ipynb #9b6216d8
 def fit_e2e(lm, layer: int, rows: Tensor, tokens: int, width: int = 4608, k: int = 32, **options) -> tuple:
     "Train a TopK SAE at `layer` from random weights with the KL objective alone: the SAE and the curve."
     sae, factor = new_sae(harvest(lm, rows[:64], layer), width, k, options.get("seed", 0), hook_name=f"blocks.{layer}.hook_resid_post", model_name=lm.name_or_path)
