@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-ORDER = "files text lm sae splice lora metrics train tasks results plots experiments cli".split()
+ORDER = "files text lm sae splice lora loss metrics train tasks results plots experiments cli".split()
 APART = "text lm sae results plots".split()  # these know nothing of one another
 
 

@@ -1,0 +1,94 @@
+"""The objective and the loop on tiny models: exact, side by side as alone, fused as plain, several processes as one."""
+import pytest
+import torch
+from conftest import random_sae, tiny
+
+from sae_lora.files import UsageError
+from sae_lora.lm import Head
+from sae_lora.loss import can_compile, compiled, kl_loss, losses
+from sae_lora.lora import add_lora, lora_parameters
+from sae_lora.metrics import fidelities, fidelity
+from sae_lora.train import fit_lora, fit_loras
+
+ROWS = torch.randint(3, 97, (24, 16), generator=torch.Generator().manual_seed(0))
+RUN = dict(tokens=16 * 16, batch=2, precision="fp32")
+
+
+@pytest.mark.parametrize("scale, softcap, bias", [(1.0, 0.0, False), (0.25, 0.0, True), (1.0, 5.0, False), (0.7, 3.0, True)])
+@pytest.mark.parametrize("chunk", [7, 64, 1000])
+def test_loss_and_gradient_are_the_naive_ones_in_fp64(scale, softcap, bias, chunk):
+    torch.manual_seed(0)
+    W = Head(torch.randn(300, 12, dtype=torch.double), torch.randn(300, dtype=torch.double) if bias else None, scale, softcap)
+    teacher, student = torch.randn(2, 100, 12, dtype=torch.double)
+    x, y = student.clone().requires_grad_(), student.clone().requires_grad_()
+    ours, naive = kl_loss(W, x, teacher, chunk), torch.nn.functional.kl_div(W(y).log_softmax(-1), W(teacher).log_softmax(-1), log_target=True, reduction="sum") / 100
+    (3 * ours).backward(); (3 * naive).backward()
+    torch.testing.assert_close(ours, naive, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(x.grad, y.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_measured_and_trained_loss_are_one():
+    torch.manual_seed(0)
+    W, (teacher, student), t = Head(torch.randn(300, 12), None, 1.0, 5.0), torch.randn(2, 100, 12), torch.randint(0, 300, (100,))
+    torch.testing.assert_close(losses(W, {"base": teacher, "student": student}, t)["kl"]["student"].mean(), kl_loss(W, student, teacher))
+
+
+def trained(lm, name=None): return {n.replace(name, "default") if name else n: p.detach().clone() for n, p in lora_parameters(lm, name).items()}
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_adapters_trained_side_by_side_end_as_if_alone(architecture):
+    lm, saes, ranks, alone = tiny(architecture), {1: random_sae()}, (1, 3, 4), {}
+    for r in ranks:
+        add_lora(lm, saes, rank=r)
+        fit_lora(lm, saes, ROWS, **RUN)
+        alone[r] = trained(lm), fidelity(lm, saes, ROWS)
+        lm.delete_adapter("default")
+    for r in ranks: add_lora(lm, saes, rank=r, name=f"r{r}")
+    curves = fit_loras(lm, {f"r{r}": saes for r in ranks}, ROWS, **RUN)
+    measured = fidelities(lm, saes, ROWS, [f"r{r}" for r in ranks])
+    for r in ranks:
+        together = trained(lm, f"r{r}")
+        assert together.keys() == alone[r][0].keys() and any(p.abs().sum() > 0 for n, p in together.items() if "lora_B" in n)
+        for n, p in together.items(): assert torch.equal(p, alone[r][0][n]), n
+        assert measured[f"r{r}"] == alone[r][1]
+    assert len({c[-1]["loss"] for c in curves.values()}) == len(ranks)
+
+
+def test_adapters_for_several_saes_of_one_layer_side_by_side():
+    lm, saes, alone = tiny("llama"), {f"s{i}": {1: random_sae(seed=i)} for i in range(2)}, {}
+    for name, own in saes.items():
+        add_lora(lm, own, rank=2)
+        fit_lora(lm, own, ROWS, **RUN)
+        alone[name] = trained(lm)
+        lm.delete_adapter("default")
+    for name, own in saes.items(): add_lora(lm, own, rank=2, name=name)
+    fit_loras(lm, saes, ROWS, **RUN)
+    for name in saes:
+        for n, p in trained(lm, name).items(): assert torch.equal(p, alone[name][n]), n
+
+
+def test_an_adapter_that_is_not_there_is_named():
+    lm, saes = tiny("llama"), {1: random_sae()}
+    add_lora(lm, saes, rank=2)
+    with pytest.raises(UsageError, match="'other'"): fit_loras(lm, {"default": saes, "other": saes}, ROWS)
+
+
+@pytest.mark.skipif(not can_compile(), reason="torch.compile does not work here: it needs a C++ compiler")
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_fused_kernels_train_the_same_adapter(architecture):
+    lm, saes, ends = tiny(architecture), {1: random_sae()}, []
+    for fuse in (False, True):
+        add_lora(lm, saes, rank=2)
+        curve = fit_lora(lm, saes, ROWS, fuse=fuse, **RUN)
+        ends.append([row["loss"] for row in curve])
+        lm.delete_adapter("default")
+        assert all("forward" not in m.__dict__ for m in lm.modules())
+    torch.testing.assert_close(torch.tensor(ends[0]), torch.tensor(ends[1]), rtol=1e-4, atol=1e-5)
+
+
+def test_an_error_leaves_the_blocks_as_they_were():
+    lm = tiny("llama")
+    with pytest.raises(ZeroDivisionError):
+        with compiled(lm): 1 / 0
+    assert all("forward" not in m.__dict__ for m in lm.modules())
