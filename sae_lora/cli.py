@@ -7,7 +7,7 @@ __all__ = ['app', 'Json', 'Seed', 'Model', 'Source', 'Out', 'Tokens', 'SAE_CARD'
            'report', 'sentence', 'show', 'run_adapt', 'adapt', 'demo', 'passages', 'evaluate', 'measure_sae',
            'train_sae', 'main']
 
-# %% ../nbs/11_cli.ipynb #85048897
+# %% ../nbs/11_cli.ipynb #38303231
 import json, resource, sys
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .files import UsageError, written
-from .lm import layers as blocks_of, load_lm
+from .lm import layers as blocks_of, leads, load_lm
 from .lora import add_lora, load_adapter, save_adapter
 from .metrics import fidelity, sparsity, token_losses
 from .plots import curve as plot_curve
@@ -99,7 +99,7 @@ def _picture(folder: Path, curve: list[dict], r: dict):
     import pandas as pd
     with written(folder / "curve.png") as part: plot_curve(pd.DataFrame(curve), r["ce"]).figure.savefig(part, format="png")
 
-# %% ../nbs/11_cli.ipynb #506c3856
+# %% ../nbs/11_cli.ipynb #dd22d4d4
 def run_adapt(out: Path, model="smollm2-135m", sae=("default",), text="default", rank=64, layers="after", tokens=196_608, valid_tokens=16_384, length=256,
               recipe="fast", keep="special", seed=0, resume=False, **changes) -> tuple:
     "Splice, adapt, measure and save: the model, its SAEs, the blocks and the report. `changes` (`lr`, `batch`) replace settings of the recipe."
@@ -112,6 +112,7 @@ def run_adapt(out: Path, model="smollm2-135m", sae=("default",), text="default",
     adapter = dict(rank=rank, layers=parse_layers(layers) if isinstance(layers, str) else layers, seed=seed, **ADAPTER[recipe if recipe in ADAPTER else "fast"])
     add_lora(lm, saes, **adapter)
     curve = fit_lora(lm, saes, blocks.train, tokens, recipe, seed=seed, keep=keep, checkpoint=out / "state.safetensors", **{k: v for k, v in changes.items() if v is not None})
+    if not leads(): raise SystemExit  # the first process measures and writes
     r = report(lm, saes, blocks, keep, tokens=curve[-1]["tokens"], seed=seed, recipe=recipe, rank=rank, layers=str(layers), train_seconds=curve[-1]["seconds"], tokens_per_second=curve[-1]["tokens"] / curve[-1]["seconds"])
     save_adapter(lm, saes, out / "adapter", keep, r)
     _picture(out, curve, r)
@@ -189,7 +190,7 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or
     _write(out.parent, out.name, r)
     _say(r, as_json)
 
-# %% ../nbs/11_cli.ipynb #f54cb93e
+# %% ../nbs/11_cli.ipynb #198d035e
 SAE_CARD = """---
 library_name: saelens
 ---
@@ -203,7 +204,7 @@ library_name: saelens
 | trained on | {positions:,} positions of `{text}` text, {tokens:,} with repeats, seed {seed}; rows of 256 tokens |
 | loss | squared error and auxiliary loss for dead latents (SAELens `TopKTrainingSAE`) |
 
-On {valid_tokens:,} held-out tokens of `{text}` text: L0 {l0:.1f}, FVU {fvu:.4f}, {dead:.2%} dead latents. Spliced in, on the first eighth of them, it costs {gap:.3f} nats per token (95% interval {low:.3f} to {high:.3f}; base {base:.3f}).
+On {valid_tokens:,} held-out tokens of `{text}` text: L0 {l0:.1f}, FVU {fvu:.4f} (stray attention sinks, {stray} positions, left out), {dead:.2%} dead latents. Spliced in, on the first eighth of them, it costs {gap:.3f} nats per token (95% interval {low:.3f} to {high:.3f}; base {base:.3f}).
 
     from sae_lens import SAE
     sae = SAE.load_from_disk("this/folder")
@@ -215,13 +216,13 @@ def measure_sae(lm, sae, layer: int, rows: torch.Tensor) -> dict:
     own = sparsity(lm, sae, layer, rows)
     return fidelity(lm, {layer: sae}, rows[:max(len(rows) // 8, 1)]) | own | dict(valid_tokens=rows.numel())
 
-# %% ../nbs/11_cli.ipynb #062294f8
+# %% ../nbs/11_cli.ipynb #aa0af8a1
 @app.command(name="train-sae")
 def train_sae(out: Out, model: Model = "smollm2-135m", text: Source = "default",
               layer: Annotated[int, typer.Option(help="Layer whose output it reconstructs.")] = 14,
               width: Annotated[int, typer.Option(min=1, help="Number of latents.")] = 4608,
               k: Annotated[int, typer.Option(min=1, help="Active latents per position.")] = 32,
-              tokens: Tokens = 2**23, text_tokens: Annotated[int, typer.Option(min=1, help="Different tokens of text to gather hidden states from, at most.")] = 2**23,
+              tokens: Tokens = 3 * 2**21, text_tokens: Annotated[int, typer.Option(min=1, help="Different tokens of text to gather hidden states from, at most.")] = 2**23,
               lr: Annotated[float, typer.Option(help="Learning rate.")] = 2e-3, batch: Annotated[int, typer.Option(help="Positions a step.")] = 1024,
               valid_tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens to measure on; the loss on the first eighth of them.")] = 98_304,
               half: Annotated[bool, typer.Option(help="Round the weights to float16 in the file.")] = False, seed: Seed = 0, as_json: Json = False):

@@ -91,18 +91,21 @@ def fidelity(lm, saes: dict, rows: Tensor, keep: str = "special", batch: int = 8
     Without an adapter: base, spliced and the gap."""
     return fidelities(lm, saes, rows, [None], keep, batch)[None]
 
-# %% ../nbs/05_metrics.ipynb #c279bc30
+# %% ../nbs/05_metrics.ipynb #aa62cf55
 @torch.no_grad()
 def sparsity(lm, sae, layer: int, rows: Tensor, keep: str = "special", batch: int = 8) -> dict:
-    "L0, FVU, explained variance and the share of dead latents of `sae` at `layer`, over the positions of `rows` that the splice would replace."
-    fired, l0, error, n = torch.zeros(sae.cfg.d_sae), 0.0, 0.0, 0
+    "L0, FVU, explained variance and the share of dead latents of `sae` at `layer`, over the positions of `rows` that the splice would replace; `stray` counts those left out of the FVU: their norm is over ten times their batch's median."
+    fired, l0, error, n, usual = torch.zeros(sae.cfg.d_sae), 0.0, 0.0, 0, 0
     total, squares = torch.zeros(sae.cfg.d_in, dtype=torch.double), 0.0
     device = next(lm.parameters()).device
     for some in rows.split(batch):
         x = replaced(lm, model_inputs(some.to(device)), layer, keep).float()
         f = sae.encode(x) > 0
         fired += f.sum(0).cpu(); l0 += float(f.sum()); n += len(x)
+        norm = x.norm(dim=-1)
+        x = x[norm < 10 * norm.median()]
+        usual += len(x)
         error += float((x - reconstruct(sae, x)).double().pow(2).sum())
         total += x.double().sum(0).cpu(); squares += float(x.double().pow(2).sum())
-    fvu = error / (squares - float(total.pow(2).sum()) / n)
-    return dict(positions=n, l0=l0 / n, fvu=fvu, explained_variance=1 - fvu, dead=float((fired == 0).float().mean()))
+    fvu = error / (squares - float(total.pow(2).sum()) / usual)
+    return dict(positions=n, stray=n - usual, l0=l0 / n, fvu=fvu, explained_variance=1 - fvu, dead=float((fired == 0).float().mean()))

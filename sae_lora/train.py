@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'LONG', 'ADAPTER', 'distill_each', 'distill', 'distill_pub
            'restore', 'fit_lora', 'fit_loras', 'finetune_sae', 'LinearAdapter', 'fit_linear', 'harvest', 'new_sae',
            'unscaled', 'fit_sae', 'fit_e2e']
 
-# %% ../nbs/06_train.ipynb #6d91462b
+# %% ../nbs/06_train.ipynb #a8712090
 import hashlib, json, math, os, time
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -20,15 +20,22 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .files import UsageError, cache_path, written
-from .lm import Head, head, hidden, layers, resume
-from .loss import arithmetic, can_compile, compiled, frozen_in_bf16, kl_loss
+from .lm import Head, head, hidden, layers, leads, processes, resume
+from .loss import arithmetic, can_compile, compiled, frozen_in_bf16, keep_memory, kl_loss
 from .lora import lora_parameters, only, without_lora
 from .metrics import shared_layer
 from .sae import fingerprint, reconstruct
 from .splice import check_saes, replaced, splice
 from .text import model_inputs
 
-# %% ../nbs/06_train.ipynb #e131945d
+# %% ../nbs/06_train.ipynb #1b3cd4c8
+def _weight(real: Tensor) -> float | Tensor:
+    "What this process's mean loss counts for in the mean over processes: its share of the positions that are not padding, times their number."
+    if not processes() or bool(real.all()): return 1.0
+    from accelerate.utils import reduce
+    return real.sum() / reduce(real.sum().float(), "mean")
+
+# %% ../nbs/06_train.ipynb #dfb9708e
 def distill_each(lm, students: dict, W: Head, batch: dict, keep: str = "special"):
     """Mean KL per position from *base* to each of several students on one batch, one after the other, with gradient to whatever in adapter or SAEs wants it.
 
@@ -40,13 +47,13 @@ def distill_each(lm, students: dict, W: Head, batch: dict, keep: str = "special"
         with torch.no_grad(), without_lora(lm): teacher = hidden(lm, batch, "final")[real]
         for adapter, saes in students.items():
             with only(lm, adapter), splice(lm, saes, keep): student = hidden(lm, batch, "final")
-            yield kl_loss(W, student[real], teacher)
+            yield kl_loss(W, student[real], teacher) * _weight(real)
 
 def distill(lm, saes: dict, W: Head, batch: dict, keep: str = "special") -> Tensor:
     "`distill_each` for the one student that there mostly is."
     return next(distill_each(lm, {None: saes}, W, batch, keep))
 
-# %% ../nbs/06_train.ipynb #0d284fab
+# %% ../nbs/06_train.ipynb #dd809f22
 def distill_published(lm, saes: dict, W: Head, batch: dict, keep: str = "none") -> Tensor:
     "The published loss: full passes, logits of every position at once, KL summed over positions and averaged over rows."
     with torch.no_grad(), without_lora(lm): teacher = lm(**batch | {"use_cache": False}).logits.float().softmax(-1)
@@ -58,7 +65,7 @@ def _published_each(lm, students: dict, W: Head, batch: dict, keep: str):
     for adapter, saes in students.items():
         with only(lm, adapter): yield distill_published(lm, saes, W, batch, keep)
 
-# %% ../nbs/06_train.ipynb #f16cae38
+# %% ../nbs/06_train.ipynb #b1650643
 def order(rows: int, size: int, seed: int):
     "A function from a step to the indices `(size,)` of its rows: random orders of all rows, one after another."
     @lru_cache(2)
@@ -68,31 +75,45 @@ def order(rows: int, size: int, seed: int):
         return torch.cat([epoch(e)[max(start - e * rows, 0):stop - e * rows] for e in range(start // rows, (stop - 1) // rows + 1)])
     return at
 
-# %% ../nbs/06_train.ipynb #e24be67f
+# %% ../nbs/06_train.ipynb #0c4a6acf
 def schedule(step: int, steps: int, warmup: float = 0.05, decay: str = "linear") -> float:
     "The share of the full learning rate at `step`: up over the first `warmup` of the steps, then `linear` or `cosine` to zero, or `constant`."
     up, through = max(round(warmup * steps), 1), step / steps
     down = {"linear": (1 - through) / (1 - warmup), "cosine": 0.5 + 0.5 * math.cos(math.pi * through), "constant": 1.0}[decay]
     return min((step + 1) / up, down, 1.0)
 
-# %% ../nbs/06_train.ipynb #60f45f10
+# %% ../nbs/06_train.ipynb #41a5f311
+def _average(loss: Tensor, params: list[nn.Parameter]) -> float:
+    "Average the gradients of `params`, in place, and the loss over all processes."
+    if not processes(): return loss.item()
+    from accelerate.utils import reduce
+    *means, loss = reduce(torch.cat([*(p.grad.flatten() for p in params), loss.detach().view(1)]), "mean").split([*(p.numel() for p in params), 1])
+    for p, mean in zip(params, means): p.grad.copy_(mean.view_as(p))
+    return loss.item()
+
+def _share(rows: Tensor) -> Tensor:
+    "This process's part of the indices of a batch's rows."
+    return rows[processes().process_index::processes().num_processes] if processes() else rows
+
+# %% ../nbs/06_train.ipynb #e40616e2
 def loop(losses_of, groups: list[dict], steps: int, step_tokens: int, *, lr: float, warmup=0.05, decay="linear", clip=1.0, weight_decay=0.0, betas=(0.9, 0.999),
          checkpoint=None, run: dict = {}, state: dict = {}, measure=None, callback=None, points: int = 50, label="train") -> list[list[dict]]:
     """Minimise each loss that the iterator `losses_of(step)` gives over the parameters in its place of `groups` with AdamW; a curve for each: rows of `step, tokens, loss, lr, seconds`, and what `measure()` adds (its time is not counted).
 
     `checkpoint` is a file: where it holds a run with the same `run` parameters, training goes on from it, exactly (`state` names further tensors to keep). `callback(row)` sees the first curve's rows."""
+    keep_memory()
     params = {n: p for group in groups for n, p in group.items()}
     opt = torch.optim.AdamW(params.values(), lr=lr, betas=betas, weight_decay=weight_decay)
     curves = restore(checkpoint, params, opt, run, state) or [[] for _ in groups]
     start, spent = (curves[0][-1]["step"], curves[0][-1]["seconds"]) if curves[0] else (0, 0.0)
     every, totals, began = max(steps // points, 1), [0.0] * len(groups), time.perf_counter() - spent
-    with tqdm(total=steps * step_tokens, initial=start * step_tokens, desc=label, unit="tok", unit_scale=True, leave=False, mininterval=0.5) as bar:
+    with tqdm(total=steps * step_tokens, initial=start * step_tokens, desc=label, unit="tok", unit_scale=True, leave=False, mininterval=0.5, disable=not leads()) as bar:
         for step in range(start, steps):
             for group in opt.param_groups: group["lr"] = lr * schedule(step, steps, warmup, decay)
             for i, loss in enumerate(losses_of(step)):
-                totals[i] += (value := loss.item())
-                if not math.isfinite(value): raise UsageError(f"the loss is {value} at step {step}; " + (f"the last good state is in {checkpoint}; " if checkpoint else "") + "lower the learning rate")
                 loss.backward()
+                totals[i] += (value := _average(loss, list(groups[i].values())))
+                if not math.isfinite(value): raise UsageError(f"the loss is {value} at step {step}; " + (f"the last good state is in {checkpoint}; " if checkpoint else "") + "lower the learning rate")
                 if clip: nn.utils.clip_grad_norm_(groups[i].values(), clip)
             opt.step(); opt.zero_grad()
             bar.update(step_tokens); bar.set_postfix(loss=f"{value:.4f}", refresh=False)
@@ -102,18 +123,18 @@ def loop(losses_of, groups: list[dict], steps: int, step_tokens: int, *, lr: flo
                 began = time.perf_counter() - seconds
                 for curve, total in zip(curves, totals): curve.append(row | dict(loss=total / n))
                 totals = [0.0] * len(groups)
-                if checkpoint: save(checkpoint, params, opt, run, state, curves)
+                if checkpoint and leads(): save(checkpoint, params, opt, run, state, curves)
                 if callback: callback(curves[0][-1])
     return curves
 
-# %% ../nbs/06_train.ipynb #63cf345f
+# %% ../nbs/06_train.ipynb #07d1c469
 def save(path, params: dict, opt, run: dict, state: dict, curves: list[list[dict]]):
     "Write the state of a run to one safetensors file."
     tensors = {f"param/{n}": p.detach() for n, p in params.items()} | {f"state/{n}": t for n, t in state.items()} | {"random": torch.get_rng_state()}
     for n, p in params.items(): tensors |= {f"{k}/{n}": v.detach() for k, v in opt.state[p].items()}
     with written(path) as part: save_file({n: t.contiguous() for n, t in tensors.items()}, part, {"run": json.dumps(run, sort_keys=True), "curves": json.dumps(curves)})
 
-# %% ../nbs/06_train.ipynb #e2782485
+# %% ../nbs/06_train.ipynb #054b9896
 def restore(path, params: dict, opt, run: dict, state: dict) -> list[list[dict]]:
     "Load a checkpoint, where there is one, into parameters, optimizer and `state`; the curves so far. Refuses one of another run."
     if not path or not Path(path).exists(): return []
@@ -128,7 +149,7 @@ def restore(path, params: dict, opt, run: dict, state: dict) -> list[list[dict]]
         torch.set_rng_state(f.get_tensor("random"))
         return json.loads(f.metadata()["curves"])
 
-# %% ../nbs/06_train.ipynb #db382264
+# %% ../nbs/06_train.ipynb #12e3cf1f
 RECIPES = {
     "fast": dict(batch=4, lr=1e-3, warmup=0.05, decay="linear", clip=1.0, weight_decay=0.0, betas=(0.9, 0.99)),
     "published": dict(batch=1, lr=5e-5, warmup=0.0, decay="constant", clip=1.0, weight_decay=0.01, betas=(0.9, 0.999)),
@@ -136,13 +157,13 @@ RECIPES = {
 LONG = 2**17  # from this many tokens on, making fused kernels takes less time than they save
 ADAPTER = {"fast": dict(), "published": dict(alpha=32, lora_dropout=0.1)}  # what each recipe asks of `add_lora`
 
-# %% ../nbs/06_train.ipynb #8b192f6a
+# %% ../nbs/06_train.ipynb #3b91dfc4
 def _recipe(name: str, changes: dict) -> dict:
     "A recipe's settings with some changed."
     if name not in RECIPES: raise UsageError(f"recipe {name!r}; give one of {', '.join(RECIPES)}")
     return RECIPES[name] | changes
 
-# %% ../nbs/06_train.ipynb #d17d038a
+# %% ../nbs/06_train.ipynb #064d8ec7
 @contextmanager
 def _published_conditions(lm):
     "Eager attention and live adapter dropout, as the published loop had them; afterwards as before."
@@ -155,26 +176,27 @@ def _published_conditions(lm):
         for m in drops: m.eval()
         lm.set_attn_implementation(attention)
 
-# %% ../nbs/06_train.ipynb #43d7ff2f
+# %% ../nbs/06_train.ipynb #909a32ef
 def _fit_kl(lm, students: dict, groups: list[dict], rows: Tensor, tokens: int, recipe: str, *, seed=0, keep="special", precision="auto", fuse="auto", checkpoint=None, measure=None, callback=None, **changes) -> list[list[dict]]:
     "The loop on the KL objective: of each student, whatever is in its place of `groups` gets the gradient."
     settings, published, W = _recipe(recipe, changes), recipe == "published", head(lm)
     batch, params = settings.pop("batch"), [n for group in groups for n in group]
     device, at, step_tokens = W.weight.device, order(len(rows), batch, seed), batch * rows.shape[-1]
     if tokens < step_tokens: raise UsageError(f"{tokens} tokens are less than one step of {batch} rows of {rows.shape[-1]}; give at least {step_tokens}")
+    if processes() and batch % processes().num_processes: raise UsageError(f"{processes().num_processes} processes cannot share batches of {batch} rows; give a batch they divide")
     run = dict(tokens=tokens, recipe=recipe, seed=seed, keep=keep, precision=precision, batch=batch, params=sorted(params), trainable=sum(p.numel() for group in groups for p in group.values()),
                saes=[{i: fingerprint(sae) for i, sae in saes.items()} for saes in students.values()], rows=hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16], **settings)
     fast = arithmetic(device, "fp32" if published else precision)
     if fast._enabled: W = W._replace(weight=W.weight.to(torch.bfloat16))
     def losses_of(step):
-        some = model_inputs(rows[at(step)].to(device))
+        some = model_inputs(rows[_share(at(step))].to(device))
         with fast: yield from (_published_each if published else distill_each)(lm, students, W, some, keep)
     torch.manual_seed(seed)
     fuse = not published and (fuse is True or fuse == "auto" and tokens >= LONG and can_compile(device.type))
     with _published_conditions(lm) if published else frozen_in_bf16(lm, fast._enabled), compiled(lm, fuse):
         return loop(losses_of, groups, tokens // step_tokens, step_tokens, run=run, checkpoint=checkpoint, measure=measure, callback=callback, **settings)
 
-# %% ../nbs/06_train.ipynb #c2c23b5e
+# %% ../nbs/06_train.ipynb #7d18a4b3
 def fit_lora(lm, saes: dict, rows: Tensor, tokens: int = 65_536, recipe: str = "fast", **options) -> list[dict]:
     """Train the adapter of `lm` so that the model with `saes` in predicts as the model without; the curve.
 
@@ -184,7 +206,7 @@ def fit_lora(lm, saes: dict, rows: Tensor, tokens: int = 65_536, recipe: str = "
     if not params: raise UsageError("the model has no trainable adapter; add one with add_lora")
     return _fit_kl(lm, {None: check_saes(lm, saes)}, [params], rows, tokens, recipe, **options)[0]
 
-# %% ../nbs/06_train.ipynb #aa5824a3
+# %% ../nbs/06_train.ipynb #6d16266d
 def fit_loras(lm, students: dict[str, dict], rows: Tensor, tokens: int = 65_536, recipe: str = "fast", **options) -> dict[str, list[dict]]:
     "Train several adapters of `lm` in one pass; `students` maps the name of each to its SAEs. Their curves, by name. `options` as for `fit_lora`."
     groups = [lora_parameters(lm, name) for name in students]
@@ -193,14 +215,14 @@ def fit_loras(lm, students: dict[str, dict], rows: Tensor, tokens: int = 65_536,
     students = {name: check_saes(lm, saes) for name, saes in students.items()}
     return dict(zip(students, _fit_kl(lm, students, groups, rows, tokens, recipe, **options)))
 
-# %% ../nbs/06_train.ipynb #86b46162
+# %% ../nbs/06_train.ipynb #234270ca
 def _trained(sae, names=None) -> dict[str, nn.Parameter]:
     "The parameters of a module, set to receive gradient."
     chosen = {n: p for n, p in sae.named_parameters() if names is None or n in names}
     for p in chosen.values(): p.requires_grad_(True)
     return chosen
 
-# %% ../nbs/06_train.ipynb #1b6f07d1
+# %% ../nbs/06_train.ipynb #c529067a
 def finetune_sae(lm, saes: dict, rows: Tensor, tokens: int = 65_536, parameters=None, **options) -> list[dict]:
     "Train the SAEs themselves, in place, with the KL objective (Karvonen 2025); `parameters` names those to train (`[\"b_dec\"]`), all by default. The curve."
     saes = check_saes(lm, saes)
@@ -209,7 +231,7 @@ def finetune_sae(lm, saes: dict, rows: Tensor, tokens: int = 65_536, parameters=
     finally:
         for sae in saes.values(): sae.requires_grad_(False)
 
-# %% ../nbs/06_train.ipynb #82979eea
+# %% ../nbs/06_train.ipynb #1566a70c
 class LinearAdapter(nn.Module):
     "An SAE followed by a low-rank linear map of its reconstruction, `x̂ + B A x̂`; the identity at first."
     def __init__(self, sae, rank: int, seed: int = 0):
@@ -223,14 +245,14 @@ class LinearAdapter(nn.Module):
         y = reconstruct(self.sae, x)
         return y + y @ self.A.T @ self.B.T
 
-# %% ../nbs/06_train.ipynb #8be4cf33
+# %% ../nbs/06_train.ipynb #9bd4b316
 def fit_linear(lm, saes: dict, rows: Tensor, tokens: int = 65_536, rank: int = 64, **options) -> tuple[dict, list[dict]]:
     "Train a linear map of rank `rank` after each SAE with the KL objective: the SAEs with their maps, to be spliced like any others, and the curve."
     adapted = {i: LinearAdapter(sae, rank, options.get("seed", 0)).to(sae.W_dec.device) for i, sae in check_saes(lm, saes).items()}
     params = {f"{i}.{n}": p for i, sae in adapted.items() for n, p in _trained(sae, ("A", "B")).items()}
     return adapted, _fit_kl(lm, {None: adapted}, [params], rows, tokens, "fast", **options)[0]
 
-# %% ../nbs/06_train.ipynb #2f71a40e
+# %% ../nbs/06_train.ipynb #0f8f2918
 def _states_path(lm, rows: Tensor, layer: int, keep: str, fast: bool) -> Path:
     "The cache file of hidden states: named by the weights up to the layer, the rows, the rule of positions and the arithmetic."
     digest = hashlib.sha256(repr((layer, keep, fast)).encode() + rows.numpy().tobytes())
@@ -238,7 +260,7 @@ def _states_path(lm, rows: Tensor, layer: int, keep: str, fast: bool) -> Path:
         for name, value in part.state_dict().items(): digest.update(name.encode() + value.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
     return cache_path("states", f"{digest.hexdigest()[:16]}.bf16")
 
-# %% ../nbs/06_train.ipynb #3c7ee708
+# %% ../nbs/06_train.ipynb #e29acfc9
 @torch.no_grad()
 def harvest(lm, rows: Tensor, layer: int, keep: str = "special", batch: int = 8, cached: bool = False) -> Tensor:
     "Hidden states at `layer` that a splice would replace, `(positions, width)`, bfloat16; if `cached`, memory-mapped from a file in the cache, computed once for these weights and rows."
@@ -247,6 +269,7 @@ def harvest(lm, rows: Tensor, layer: int, keep: str = "special", batch: int = 8,
     path = _states_path(lm, rows, layer, keep, context._enabled) if cached else None
     mapped = lambda path, size: torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16)
     if path and path.exists(): return mapped(path, path.stat().st_size // 2).view(-1, width)
+    keep_memory()
     with written(path) if path else nullcontext() as part, frozen_in_bf16(lm, context._enabled):
         n, out = 0, mapped(part, size) if path else torch.empty(size, dtype=torch.bfloat16)
         for some in tqdm(rows.split(batch), desc=f"hidden states at layer {layer}", leave=False):
@@ -256,7 +279,7 @@ def harvest(lm, rows: Tensor, layer: int, keep: str = "special", batch: int = 8,
         if path: os.truncate(part, 2 * n)
     return (mapped(path, n) if path else out[:n]).view(-1, width)
 
-# %% ../nbs/06_train.ipynb #e7b625e2
+# %% ../nbs/06_train.ipynb #10250fa8
 def new_sae(x: Tensor, width: int, k: int, seed: int = 0, **metadata):
     "A fresh TopK training SAE for hidden states like `x`, and the factor that brings them to unit variance per dimension."
     from sae_lens.saes.sae import SAEMetadata
@@ -269,7 +292,7 @@ def new_sae(x: Tensor, width: int, k: int, seed: int = 0, **metadata):
     sae.b_dec.data = x.mean(0) * factor
     return sae, factor
 
-# %% ../nbs/06_train.ipynb #3aa6d871
+# %% ../nbs/06_train.ipynb #a2bb8ba4
 @torch.no_grad()
 def unscaled(sae, factor: float):
     "The inference SAE of a training SAE that saw hidden states times `factor`: unit decoder rows, activations in the hidden states' own unit."
@@ -279,7 +302,7 @@ def unscaled(sae, factor: float):
     out.load_state_dict(dict(W_enc=sae.W_enc * norm, b_enc=sae.b_enc * norm / factor, W_dec=sae.W_dec / norm[:, None], b_dec=sae.b_dec / factor))
     return out.eval().requires_grad_(False)
 
-# %% ../nbs/06_train.ipynb #fc2498b1
+# %% ../nbs/06_train.ipynb #24a09d92
 def fit_sae(x: Tensor, tokens: int, width: int = 4608, k: int = 32, lr: float = 2e-3, batch: int = 1024, seed: int = 0, dead_after: int = 200_000, metadata: dict = {}, **options) -> tuple:
     """Train a TopK SAE to reconstruct hidden states `x` `(positions, width of the model)`: the SAE and the curve, whose `loss` is the FVU plus the auxiliary loss.
 
@@ -298,7 +321,7 @@ def fit_sae(x: Tensor, tokens: int, width: int = 4608, k: int = 32, lr: float = 
     curve, = loop(losses_of, [_trained(sae)], tokens // batch, batch, lr=lr, run=run, state={"silent": silent}, label=f"SAE {width}, k={k}", **options)
     return unscaled(sae, factor), curve
 
-# %% ../nbs/06_train.ipynb #e97702a4
+# %% ../nbs/06_train.ipynb #034569f6
 def fit_e2e(lm, layer: int, rows: Tensor, tokens: int, width: int = 4608, k: int = 32, **options) -> tuple:
     "Train a TopK SAE at `layer` from random weights with the KL objective alone: the SAE and the curve."
     sae, factor = new_sae(harvest(lm, rows[:64], layer), width, k, options.get("seed", 0), hook_name=f"blocks.{layer}.hook_resid_post", model_name=lm.name_or_path)
