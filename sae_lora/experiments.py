@@ -208,12 +208,12 @@ def stage_site(folder: Path):
     shutil.rmtree(folder / "nbs" / "results", ignore_errors=True)
     shutil.copytree(folder / "_proc", folder / "nbs", dirs_exist_ok=True)
 
-# %% ../nbs/10_experiments.ipynb #e26b8ff0
+# %% ../nbs/10_experiments.ipynb #7c04b84f
 def build_site(out="_site", serve: bool = False) -> Path:
     "Build the site into the folder `out`, from rows and outputs that exist: nothing is trained. With `serve`, show it at http://localhost:4200 until stopped."
     _dev("nbdev")
     out = Path(out).absolute()
-    render = ["quarto", "render"] if shutil.which("quarto") else [sys.executable, "-m", "smalldocs", "render", "--quiet"] if _dev("smalldocs") else []
+    render = ["quarto", "render"] if shutil.which("quarto") else [sys.executable, "-m", "smalldocs.cli", "render", "--quiet"] if _dev("smalldocs") else []
     with tempfile.TemporaryDirectory() as folder:
         stage_site(Path(folder))
         done = subprocess.run(render, cwd=folder, capture_output=True, text=True)
