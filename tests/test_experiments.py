@@ -1,0 +1,106 @@
+"""Runs are strict and leave whole files or none; rows are computed once; parameter files name what exists; every experiment runs at size smoke."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("papermill")
+import nbformat
+from nbformat.v4 import new_code_cell, new_notebook
+
+from sae_lora import experiments as ex
+from sae_lora.files import UsageError
+from sae_lora.results import Results
+
+NAMES = ex.experiments()
+
+
+@pytest.fixture
+def small_project(tmp_path, monkeypatch):
+    "A project with one experiment, `squares`, whose rows need no model; a function that writes its cells anew."
+    folder = tmp_path / "clone" / "nbs" / "experiments"
+    (folder / "params" / "laptop").mkdir(parents=True)
+    (folder / "params" / "laptop" / "squares.yml").write_text("estimate_minutes: 1\nxs: [1, 2]\n")
+    code = ("from sae_lora.experiments import rows_of\nimport os, sys\ndef square(group):\n    for p in group: yield dict(square=p['rank'] ** 2)\n"
+            "rows = rows_of('squares', [dict(rank=x) for x in xs], square)\nprint(os.getcwd()); print('noise', file=sys.stderr)\nprint(rows.square.tolist())")
+    def write(parameters="xs = [3]", body=code, tags=("parameters",)):
+        cells = [new_code_cell(parameters, metadata=dict(tags=list(tags))), new_code_cell(body)]
+        nbformat.write(new_notebook(cells=cells), folder / "squares.ipynb")
+    write()
+    monkeypatch.chdir(tmp_path / "clone")
+    monkeypatch.delenv("SAE_LORA_RESULTS", raising=False)
+    return write
+
+
+def test_a_run_writes_rows_and_a_clean_copy(small_project):
+    out = ex.run_experiment("squares")
+    assert out.name == "squares.ipynb" and out.parent.name == "results"
+    nb, text = nbformat.read(out, 4), out.read_text()
+    assert "[1, 4]" in text and "noise" not in text and str(out.parents[2]) not in text and "papermill" not in json.dumps(nb.metadata)
+    assert "start_time" not in text and len(Results(ex.rows_path("squares")).rows()) == 2
+    assert ex.run_experiment("squares").read_text() == text  # a second run changes nothing
+
+
+def test_a_deleted_row_is_the_only_one_computed(small_project):
+    ex.run_experiment("squares")
+    path = ex.rows_path("squares")
+    before = path.read_text()
+    path.write_text("".join(before.splitlines(keepends=True)[:1]))
+    with pytest.raises(UsageError, match="1 of 2 rows of squares are missing; `sae-lora run squares`"): ex.run_experiment("squares", draw=True)
+    ex.run_experiment("squares")
+    assert path.read_text() == before
+    path.chmod(0o444)
+    ex.run_experiment("squares", draw=True)
+
+
+def test_a_failed_run_leaves_nothing(small_project):
+    small_project(body="raise RuntimeError('broken')")
+    with pytest.raises(Exception, match="broken"): ex.run_experiment("squares")
+    assert not any((ex.project() / "nbs" / "results").glob("*"))
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(tags=()), "0 cells are tagged parameters"), (dict(parameters="xs = range(3)"), "lines like"), (dict(parameters="ys = [1]"), "no parameter 'xs'; it has ys")])
+def test_notebooks_that_are_refused(small_project, change, message):
+    small_project(**change)
+    with pytest.raises(UsageError, match=message): ex.run_experiment("squares")
+
+
+def test_mistakes_on_the_command_line():
+    for given, said in (("run nope", "give one of"), ("run 02_sparsity -p rnak 4", "no parameter 'rnak'"), ("run 02_sparsity --size huge", "has no size"), ("run 02_sparsity -p rank", "-p NAME VALUE"), ("run", "--all")):
+        done = subprocess.run([sys.executable, "-c", "from sae_lora.cli import main; main()", *given.split()], capture_output=True, text=True)
+        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and said in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_size_names_known_parameters(name):
+    for size in ("smoke", "laptop", "paper"):
+        _, minutes = ex.settings(name, size)
+        assert minutes > 0
+
+
+def test_sources_have_no_outputs(root):
+    for name in NAMES:
+        for c in nbformat.read(root / "nbs" / "experiments" / f"{name}.ipynb", 4).cells: assert not c.get("outputs"), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_papers_saes_are_in_the_registry(name):
+    "Each `release:id` exists in SAELens, and those that name their hook are at the layer meant."
+    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
+    directory, values = get_pretrained_saes_directory(), ex.settings(name, "paper")[0]
+    specs = [s for s in [*values.get("saes", []), *(m["sae"] for m in values.get("models", [])), values.get("sae")] if isinstance(s, str)]
+    if any("{}" in s for s in specs): specs = [specs[0].format(i) for chosen in values["sets"] for i in chosen]
+    for spec in specs:
+        release, _, sae_id = spec.partition(":")
+        assert release in directory and sae_id in directory[release].saes_map, spec
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smoke(name):
+    "On the real model, with rows of its own."
+    out = ex.run_experiment(name, "smoke")
+    nb = nbformat.read(out, 4)
+    assert any("image/png" in o.get("data", {}) for c in nb.cells if c.cell_type == "code" for o in c.outputs)

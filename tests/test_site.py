@@ -1,0 +1,80 @@
+"""The site, built with smalldocs: no dead link, figures there, search finds things; in headless Chromium, where there is one, no errors."""
+import functools
+import http.server
+import json
+import re
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+pytest.importorskip("nbdev")
+pytest.importorskip("smalldocs")
+from sae_lora.experiments import build_site
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    path = shutil.which
+    shutil.which = lambda name, *a, **k: None if name == "quarto" else path(name, *a, **k)  # smalldocs, whatever is installed
+    try: return build_site(tmp_path_factory.mktemp("site") / "_site")
+    finally: shutil.which = path
+
+
+def pages(site): return sorted(site.rglob("*.html"))
+
+
+def test_every_page_of_the_sidebar_is_built(site, root):
+    for name in re.findall(r"- ((?:nbs|pages)/\S+)", (root / "_quarto.yml").read_text()): assert (site / Path(name).with_suffix(".html")).exists(), name
+
+
+def test_no_dead_links(site):
+    ids = {p: set(re.findall(r'\bid="([^"]+)"', p.read_text())) for p in pages(site)}
+    dead = []
+    for page in pages(site):
+        for link in re.findall(r'(?:href|src)="([^"]+)"', page.read_text()):
+            parts = urlsplit(link.replace("&amp;", "&"))
+            if parts.scheme or parts.netloc: continue
+            target = page if not parts.path else (site / parts.path.lstrip("/") if parts.path.startswith("/") else page.parent / unquote(parts.path)).resolve()
+            if target.is_dir(): target = target / "index.html"
+            if not target.exists() or target in ids and parts.fragment and unquote(parts.fragment) not in ids[target]: dead.append((page.name, link))
+    assert not dead
+
+
+def test_pages_read_well(site):
+    for page in pages(site):
+        text = re.sub(r"<(script|style|pre|code)\b.*?</\1>", "", page.read_text(), flags=re.S)
+        assert not re.search(r"^:::|>\s*:::|\$\$|#\| ", text, re.M), page
+        for image in re.findall(r"<img\b[^>]*>", text): assert "src=" in image, (page, image)
+    assert 'alt="Left:' in (site / "index.html").read_text()
+
+
+def test_search_finds_splice(site): assert any("splice" in json.dumps(entry).lower() for entry in json.loads((site / "search.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def address(site):
+    handler = functools.partial(type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None}), directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
+@pytest.mark.parametrize("size", ["1280,1400", "400,1400"])
+def test_in_a_browser(site, address, root, tmp_path, size):
+    shots = root / "screenshots"
+    shots.mkdir(exist_ok=True)
+    for page in pages(site):
+        name = page.relative_to(site)
+        done = subprocess.run([CHROMIUM, *"--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --enable-logging=stderr".split(),
+                               f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={size}", "--virtual-time-budget=4000", f"--screenshot={shots / '-'.join([*name.with_suffix('').parts, size.split(',')[0]])}.png",
+                               f"{address}/{name}"], capture_output=True, text=True, timeout=120)
+        errors = [l for l in done.stderr.splitlines() if "CONSOLE" in l and re.search(r"Uncaught|Failed|Error", l)]
+        assert not errors, (name, errors)
