@@ -114,11 +114,13 @@ def _loaded(tasks: list, data) -> tuple[dict, dict]:
         task.set_fewshot_seed(1234)  # lm-eval's own default
     return loaded, {t: [s["task"] for s in found] for t, found in local.items() if len(found) > 1}
 
-# %% ../nbs/07_tasks.ipynb #1161835a
+# %% ../nbs/07_tasks.ipynb #2532c7fd
 def _row(metric: str, value: float, stderr, items: list[float]) -> dict:
     "One task's score."
     known = isinstance(stderr, float) and math.isfinite(stderr)
-    return dict(metric=metric, value=value, stderr=stderr if known else None, ci95=[value - 1.96 * stderr, value + 1.96 * stderr] if known else None, n=len(items), items=items)
+    ci95 = [value - 1.96 * stderr, value + 1.96 * stderr] if known else None
+    if items and set(items) <= {0.0, 1.0}: ci95 = [float(x) for x in stats.binomtest(int(sum(items)), len(items)).proportion_ci(method="wilson")]
+    return dict(metric=metric, value=value, stderr=stderr if known else None, ci95=ci95, n=len(items), items=items)
 
 def _score(result: dict, samples: list[dict]) -> dict:
     "The score of lm-eval's `result`, with the items in order."
@@ -195,12 +197,12 @@ def steer(lm, sae, layer: int, latent: int, alpha: float, keep: str = "none"):
     if not 0 <= latent < sae.cfg.d_sae: raise UsageError(f"latent {latent} does not exist; the SAE has latents 0 to {sae.cfg.d_sae - 1}")
     return splice(lm, {layer: Steered(nn.functional.normalize(sae.W_dec[latent].float(), dim=0), alpha)}, keep)
 
-# %% ../nbs/07_tasks.ipynb #da7831b9
+# %% ../nbs/07_tasks.ipynb #4f122eda
 def text_rows(texts: list[str], tok, length: int = 64) -> Tensor:
     "Rows of token ids `(texts, length)`, one text each after the separator, cut or filled with −1. Raises `UsageError` for an empty text."
     rows = token_blocks(texts, tok, length, 0, 2**40, pack=False, share=1.0).valid
     if len(rows) != len(texts): raise UsageError(f"{len(texts) - len(rows)} of {len(texts)} texts are empty; leave them out")
-    return rows
+    return rows[:, :int((rows >= 0).sum(1).max())]
 
 # %% ../nbs/07_tasks.ipynb #d7ccf661
 @torch.no_grad()
@@ -257,18 +259,23 @@ def mean_interval(x: Tensor, level: float = 0.9) -> dict:
     low, high = stats.bootstrap((x.double().numpy(),), np.mean, confidence_level=level, method="percentile", rng=0).confidence_interval if len(x) > 1 else (None, None)
     return {"mean": float(x.mean()), f"ci{level * 100:.0f}": [low and float(low), high and float(high)], "n": len(x)}
 
-# %% ../nbs/07_tasks.ipynb #95e5835a
-def steering_changes(lm, tok, sae, layer: int, latent: int, sets: dict[str, list[str]], alpha: float) -> dict[str, dict[str, Tensor]]:
-    "δ `(texts,)` of every text, `{kind: {set: …}}`, of `lm` as it stands."
-    out = {"fixed": {}, "published": {}}
+# %% ../nbs/07_tasks.ipynb #b14cbe4e
+def steering_changes(lm, tok, sae, layer: int, latent: int, sets: dict[str, list[str]], alphas=(1.0,)) -> dict[float, dict[str, dict[str, Tensor]]]:
+    "δ `(texts,)` of every text, `{alpha: {kind: {set: …}}}`, of `lm` as it stands."
+    out = {a: {"fixed": {}, "published": {}} for a in alphas}
     for name, texts in sets.items():
         rows = text_rows(texts, tok)
         plain = log_likelihoods(lm, rows)
-        with steer(lm, sae, layer, latent, alpha): steered = log_likelihoods(lm, rows)
-        for kind in out: out[kind][name] = scaled_change(plain[kind], steered[kind])
+        for a in alphas:
+            with steer(lm, sae, layer, latent, a): steered = log_likelihoods(lm, rows)
+            for kind in plain: out[a][kind][name] = scaled_change(plain[kind], steered[kind])
     return out
 
-# %% ../nbs/07_tasks.ipynb #312961de
+def _sides(by: dict[str, Tensor]) -> dict[str, Tensor]:
+    "Positives, and all other sets together."
+    return {"positive": by["positive"], "negative": torch.cat([x for name, x in by.items() if name != "positive"])}
+
+# %% ../nbs/07_tasks.ipynb #0cba241e
 def steering_effect(lm, tok, sae, layer: int, latent: int, sets: dict[str, list[str]], alpha: float) -> dict:
     """Means of δ with 90 % intervals: `{kind: {"positive" | "negative": {"base", "adapted_unspliced", "difference"}}}`.
 
@@ -276,23 +283,18 @@ def steering_effect(lm, tok, sae, layer: int, latent: int, sets: dict[str, list[
     if len(sets) < 2 or "positive" not in sets: raise UsageError(f"sets {', '.join(sets)}; give `positive` and at least one other")
     changes = {}
     for model in models(lm, None):
-        with as_model(lm, None, model): changes[model] = steering_changes(lm, tok, sae, layer, latent, sets, alpha)
-    def pooled(kind, model):
-        by = changes[model][kind]
-        return {"positive": by["positive"], "negative": torch.cat([x for name, x in by.items() if name != "positive"])}
+        with as_model(lm, None, model): changes[model] = steering_changes(lm, tok, sae, layer, latent, sets, [alpha])[alpha]
     out = {}
     for kind in ("fixed", "published"):
-        delta = {m: pooled(kind, m) for m in changes}
-        if len(delta) == 2: delta["difference"] = {side: delta["adapted_unspliced"][side] - delta["base"][side] for side in ("positive", "negative")}
+        delta = {m: _sides(by[kind]) for m, by in changes.items()}
+        if len(delta) == 2: delta["difference"] = {side: x - delta["base"][side] for side, x in delta["adapted_unspliced"].items()}
         out[kind] = {side: {m: mean_interval(d[side]) for m, d in delta.items()} for side in ("positive", "negative")}
     return out
 
-# %% ../nbs/07_tasks.ipynb #237a8a8d
-def tune_alpha(lm, tok, sae, layer: int, latent: int, sets: dict[str, list[str]], alphas=(0.25, 0.5, 1.0, 2.0, 4.0)) -> tuple[float, dict[float, float]]:
+# %% ../nbs/07_tasks.ipynb #d0fc9bc2
+def tune_alpha(lm, tok, sae, layer: int, latent: int, sets: dict[str, list[str]], alphas=(0.05, 0.1, 0.2, 0.5, 1.0, 2.0)) -> tuple[float, dict[float, float]]:
     "The α with the largest mean δ on `positive` less the mean |δ| on the other sets, for the base model with the log-likelihood fixed; and every α's score."
-    scores = {}
-    with without_lora(lm):
-        for a in alphas:
-            by = steering_changes(lm, tok, sae, layer, latent, sets, a)["fixed"]
-            scores[a] = float(by["positive"].mean() - torch.cat([x for name, x in by.items() if name != "positive"]).abs().mean())
+    with without_lora(lm): changes = steering_changes(lm, tok, sae, layer, latent, sets, alphas)
+    sides = {a: _sides(by["fixed"]) for a, by in changes.items()}
+    scores = {a: float(s["positive"].mean() - s["negative"].abs().mean()) for a, s in sides.items()}
     return max(scores, key=scores.get), scores
