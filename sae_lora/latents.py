@@ -23,7 +23,7 @@ from .splice import Identity, check_saes, fvu, splice
 from .tasks import MODELS, as_model, latents_at, models, passages, text_rows
 from .text import corpus, docstrings, model_inputs
 
-# %% ../nbs/07b_latents.ipynb #0f33e106
+# %% ../nbs/07b_latents.ipynb #17b8e91c
 class Zero(Identity):
     "The SAE that gives zeros."
     def forward(self, x: Tensor) -> Tensor: return torch.zeros_like(x)
@@ -33,14 +33,13 @@ def loss_recovered(lm, saes: dict, rows: Tensor, clean: str = "base", keep: str 
     """Loss recovered and KL score of `saes` in the model that `clean` names, `base` or `adapted_unspliced`, on token rows; and the losses they come from.
 
     With `base`, the SAE stands in the base model, zeros too; with `adapted_unspliced`, both stand in the adapted model."""
-    if clean not in ("base", "adapted_unspliced"): raise UsageError(f"clean={clean!r}; give base or adapted_unspliced")
+    if clean not in ("base", "adapted_unspliced") or clean not in models(lm, saes): raise UsageError(f"clean={clean!r}; give base, or adapted_unspliced where the model has an adapter")
     spliced = "spliced" if clean == "base" else "adapted"
     zeros = {layer: Zero(s.cfg.d_in) for layer, s in check_saes(lm, saes).items()}
     W, total, n = head(lm), {}, 0
     for some in rows.to(W.weight.device).split(batch):
         inputs, ids = model_inputs(some), some if some.dim() == 2 else some[:, 0]
         found, nothing = (four_models(lm, s, inputs, keep) for s in (saes, zeros))
-        if clean not in found: raise UsageError(f"clean={clean!r}, but the model has no adapter")
         h = {m: x[:, :-1].flatten(0, 1) for m, x in {"clean": found[clean], "sae": found[spliced], "zero": nothing[spliced]}.items()}
         for kind, by in losses(W, h, ids[:, 1:].flatten(), teacher="clean").items():
             for m, x in by.items(): total[f"{kind}_{m}"] = total.get(f"{kind}_{m}", 0) + float(x.double().sum())

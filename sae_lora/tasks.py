@@ -7,8 +7,8 @@ __all__ = ['MODELS', 'LOCAL', 'models', 'as_model', 'Family', 'local_tasks', 'be
            'steer', 'text_rows', 'latents_at', 'firing', 'passages', 'positives', 'log_likelihoods', 'scaled_change',
            'mean_interval', 'steering_changes', 'steering_effect', 'tune_alpha']
 
-# %% ../nbs/07_tasks.ipynb #03193e66
-import csv, json, logging, math
+# %% ../nbs/07_tasks.ipynb #ef9a3147
+import csv, json, logging, math, re
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -22,35 +22,42 @@ from torch import Tensor, nn
 
 from .files import UsageError
 from .lm import head, hidden, special_ids
-from .lora import lora_layers, without_lora
+from .lora import lora_parameters, without_lora
 from .metrics import bootstrap, losses
 from .splice import check_saes, positions_kept, splice
 from .text import model_inputs, token_blocks
 
-# %% ../nbs/07_tasks.ipynb #c9ff9f5d
+# %% ../nbs/07_tasks.ipynb #05378a13
 MODELS = {"base": (False, False), "spliced": (False, True), "adapted_unspliced": (True, False), "adapted": (True, True)}  # (adapter on, SAE in)
 
 def models(lm, saes: dict | None) -> list[str]:
     "Which of the four models there are: those with an adapter where `lm` has one, those with an SAE where one is given."
-    return [m for m, (lora, sae) in MODELS.items() if lora <= bool(lora_layers(lm)) and sae <= bool(saes)]
+    return [m for m, (lora, sae) in MODELS.items() if lora <= bool(lora_parameters(lm)) and sae <= bool(saes)]
 
-# %% ../nbs/07_tasks.ipynb #d310153e
+# %% ../nbs/07_tasks.ipynb #432bcba1
 @contextmanager
 def as_model(lm, saes: dict | None, name: str, keep: str = "special"):
     "Inside, `lm` is `base`, `spliced`, `adapted_unspliced` or `adapted`; afterwards it is as it was. Raises `UsageError` where it cannot be."
-    if name not in models(lm, saes): raise UsageError(f"model {name!r}; with {'an' if lora_layers(lm) else 'no'} adapter and {'an' if saes else 'no'} SAE there are {', '.join(models(lm, saes))}")
+    if name not in models(lm, saes): raise UsageError(f"model {name!r}; with {'an' if lora_parameters(lm) else 'no'} adapter and {'an' if saes else 'no'} SAE there are {', '.join(models(lm, saes))}")
     lora, sae = MODELS[name]
     with nullcontext() if lora else without_lora(lm), splice(lm, saes, keep) if sae else nullcontext(): yield lm
 
-# %% ../nbs/07_tasks.ipynb #7f2ec275
+# %% ../nbs/07_tasks.ipynb #c4809712
 def _csv_rows(path: Path) -> list[dict]:
     "The rows of a CSV file with a header; every cell stays text."
     with path.open(encoding="utf-8", newline="") as f: return list(csv.DictReader(f))
 
 def _blimp(path: Path) -> list[dict]: return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
+_QUOTED = re.compile(r'"(.*?)",([0-3])(?:\r?\n|$)', re.DOTALL)
+
 def _mmlu(path: Path) -> list[dict]:
-    return [dict(question=r["question"], choices=[r[c] for c in "ABCD"], answer=int(r["answer"])) for r in _csv_rows(path)]
+    "Rows of a CSV file, also of one where all cells are quoted and quotes inside them were left as they are, as MMLU is often found."
+    text = path.read_text(encoding="utf-8").partition("\n")[2]
+    rows = [[*(c.replace('""', '"') for c in cells.split('","')), answer] for cells, answer in _QUOTED.findall(text)]
+    if _QUOTED.sub("", text).strip() or any(len(r) != 6 for r in rows): rows = [list(r.values()) for r in _csv_rows(path)]
+    if any(len(r) != 6 or r[5] not in ("0", "1", "2", "3") for r in rows): raise ValueError("a row is not a question, four answers and a number from 0 to 3")
+    return [dict(question=r[0], choices=r[1:5], answer=int(r[5])) for r in rows]
 
 def _truthfulqa(path: Path) -> list[dict]:
     "Multiple choice with one true answer, which comes first."
