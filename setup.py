@@ -14,6 +14,6 @@ setup(
     url=s["git_url"], license="Apache-2.0", keywords=s["keywords"].split(), python_requires=f">={s['min_python']}",
     long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
     packages=["sae_lora", "sae_lora.data"], package_dir={"sae_lora.data": "data"}, package_data={"sae_lora.data": data},
-    install_requires=s["requirements"].split(), extras_require={"dev": s["dev_requirements"].split()},
+    install_requires=s["requirements"].split(), extras_require={"tasks": s["tasks_requirements"].split(), "dev": (s["dev_requirements"] + " " + s["tasks_requirements"]).split()},
     entry_points={"console_scripts": s["console_scripts"].split()}, zip_safe=False,
 )
