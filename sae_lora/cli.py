@@ -100,8 +100,8 @@ def _picture(folder: Path, curve: list[dict], r: dict):
     import pandas as pd
     with written(folder / "curve.png") as part: plot_curve(pd.DataFrame(curve), r["ce"]).figure.savefig(part, format="png")
 
-# %% ../nbs/11_cli.ipynb #dd22d4d4
-def run_adapt(out: Path, model="smollm2-135m", sae=("default",), text="default", rank=64, layers="after", tokens=196_608, valid_tokens=16_384, length=256,
+# %% ../nbs/11_cli.ipynb #120220eb
+def run_adapt(out: Path, model="smollm2-135m", sae=("default",), text="default", rank=64, layers="after", tokens=327_680, valid_tokens=16_384, length=256,
               recipe="fast", keep="special", seed=0, resume=False, **changes) -> tuple:
     "Splice, adapt, measure and save: the model, its SAEs, the blocks and the report. `changes` (`lr`, `batch`) replace settings of the recipe."
     out = Path(out)
@@ -134,14 +134,14 @@ Tokens = Annotated[int, typer.Option(min=1, help="Training budget in tokens.")]
 def _say(r: dict, as_json: bool, console: Console | None = None):
     print(json.dumps(r, indent=1)) if as_json else show(r, console or Console())
 
-# %% ../nbs/11_cli.ipynb #3eafedd6
+# %% ../nbs/11_cli.ipynb #332a86f2
 @app.command()
 def adapt(out: Out, model: Model = "smollm2-135m",
           sae: Annotated[list[str], typer.Option(help="[LAYER=]SPEC: default, a SAELens or Gemma Scope folder, or release:id of the SAELens registry. Repeatable.")] = ["default"],
           text: Source = "default",
           rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 64,
           layers: Annotated[str, typer.Option(help="Which layers get an adapter: after (the first SAE), all, or numbers such as 15,16 or 15-20.")] = "after",
-          tokens: Tokens = 196_608,
+          tokens: Tokens = 327_680,
           lr: Annotated[Optional[float], typer.Option(help="Learning rate, in place of the recipe's.")] = None,
           batch: Annotated[Optional[int], typer.Option(help="Rows a step, in place of the recipe's.")] = None,
           length: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 256,
@@ -153,9 +153,9 @@ def adapt(out: Out, model: Model = "smollm2-135m",
     *_, r = run_adapt(out, model, sae, text, rank, layers, tokens, valid_tokens, length, recipe, keep, seed, resume, lr=lr, batch=batch)
     _say(r, as_json)
 
-# %% ../nbs/11_cli.ipynb #6f03ad09
+# %% ../nbs/11_cli.ipynb #380d5670
 @app.command()
-def demo(out: Out = Path("sae-lora-demo"), tokens: Tokens = 196_608, seed: Seed = 0, as_json: Json = False):
+def demo(out: Out = Path("sae-lora-demo"), tokens: Tokens = 327_680, seed: Seed = 0, as_json: Json = False):
     "The whole method on a real model, with nothing to fetch by hand: SmolLM2-135M, the SAE that comes with this package, about eight minutes on two cores."
     lm, tok, saes, blocks, r = run_adapt(out, tokens=tokens, seed=seed)
     _say(r, as_json)

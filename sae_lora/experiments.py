@@ -7,7 +7,7 @@ __all__ = ['WORLD', 'SIZES', 'project', 'rows_path', 'together', 'rows_of', 'wor
            'adapted_rows', 'paper_values', 'experiments', 'defaults', 'settings', 'tidy', 'run_experiment',
            'stage_site', 'build_site']
 
-# %% ../nbs/10_experiments.ipynb #a9a0b764
+# %% ../nbs/10_experiments.ipynb #ca07cd81
 import ast, hashlib, importlib, os, shutil, subprocess, sys, tempfile, time
 from contextlib import chdir, contextmanager
 from functools import lru_cache
@@ -19,11 +19,11 @@ import pandas as pd
 from .files import UsageError, cache_path, data_path, written
 from .lm import load_lm
 from .lora import add_lora
-from .metrics import fidelity, sparsity
+from .metrics import fidelities, sparsity
 from .results import Results, key
 from .sae import hook_name, load_sae, save_sae, site
 from .text import token_blocks
-from .train import ADAPTER, fit_lora, fit_sae, harvest
+from .train import ADAPTER, fit_loras, fit_sae, harvest
 
 # %% ../nbs/10_experiments.ipynb #22a76c42
 def project() -> Path:
@@ -88,24 +88,27 @@ def saes_at(lm, blocks, specs) -> dict:
     device = next(lm.parameters()).device
     return {site(hook_name(sae)): sae.to(device) for sae in saes}
 
-# %% ../nbs/10_experiments.ipynb #ad4da402
+# %% ../nbs/10_experiments.ipynb #9b4ea34a
 @contextmanager
-def adapted(lm, saes: dict, rows, p: dict):
-    "Inside, `lm` carries an adapter trained on `rows` as `p` (`rank, layers, tokens, recipe, seed`) says; gives the training curve."
-    add_lora(lm, saes, p["rank"], p["layers"], seed=p["seed"], **ADAPTER[p["recipe"]])
-    try: yield fit_lora(lm, saes, rows, p["tokens"], p["recipe"], seed=p["seed"])
-    finally: lm.delete_adapter("default")
+def adapted(lm, saes: dict, rows, *runs: dict):
+    "Inside, `lm` carries an adapter for each of `runs` (`rank, layers, tokens, recipe, seed`; all but the rank alike), trained on `rows`; gives their curves by name."
+    names = [f"run{i}" for i in range(len(runs))]
+    try:
+        for name, p in zip(names, runs): add_lora(lm, saes, p["rank"], p["layers"], seed=p["seed"], name=name, **ADAPTER[p["recipe"]])
+        yield fit_loras(lm, {name: saes for name in names}, rows, runs[0]["tokens"], runs[0]["recipe"], seed=runs[0]["seed"])
+    finally:
+        for name in names: lm.delete_adapter(name)
 
-# %% ../nbs/10_experiments.ipynb #7e774beb
+# %% ../nbs/10_experiments.ipynb #99a1b6ff
 def adapted_rows(group: list[dict]):
     "The metrics of each run of a group that shares model, text and SAEs (`sae`, a spec or a list of them): fidelity, the SAEs' sparsity (means over SAEs), seconds."
     lm, _, blocks = world(*(group[0][k] for k in WORLD))
     saes = saes_at(lm, blocks, group[0]["sae"])
     own = pd.DataFrame([sparsity(lm, sae, layer, blocks.valid[:64]) | dict(d_sae=sae.cfg.d_sae) for layer, sae in saes.items()]).mean()
     about = dict(at=sorted(saes), n_layers=lm.config.get_text_config().num_hidden_layers, text_hash=blocks.hash, **own[["l0", "fvu", "dead", "d_sae"]])
-    for p in group:
-        with adapted(lm, saes, blocks.train, p) as curve:
-            yield fidelity(lm, saes, blocks.valid) | about | dict(train_seconds=curve[-1]["seconds"])
+    with adapted(lm, saes, blocks.train, *group) as curves:
+        reports = fidelities(lm, saes, blocks.valid, curves)
+    for name, curve in curves.items(): yield reports[name] | about | dict(ranks_in_pass=len(group), train_seconds=curve[-1]["seconds"])
 
 # %% ../nbs/10_experiments.ipynb #db3fb6e3
 def paper_values(axis: str) -> pd.DataFrame:

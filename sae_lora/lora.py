@@ -33,14 +33,14 @@ def _chosen(lm, layers, saes: dict | None) -> list[int]:
     if saes and (not chosen or max(chosen) <= first): raise UsageError(f"layers {chosen} are all before the SAE's output at layer {first}; adapters must reach beyond it, to {n - 1} at most")
     return chosen
 
-# %% ../nbs/04_lora.ipynb #b7daf4c7
+# %% ../nbs/04_lora.ipynb #30437ed2
 def lora_parameters(lm, adapter: str | None = None) -> dict[str, nn.Parameter]:
     "The parameters of the adapter of that name, by default of all; empty where the model has none."
     return {name: p for name, p in lm.named_parameters() if "lora_" in name and (adapter is None or f".{adapter}" in name.split("lora_")[-1])}
 
 def lora_layers(lm) -> list[int]:
     "The decoder blocks that carry an adapter."
-    return [i for i, block in enumerate(blocks_of(lm)) if any(isinstance(m, BaseTunerLayer) for m in block.modules())]
+    return [i for i, block in enumerate(blocks_of(lm)) if any("lora_" in name for name, _ in block.named_parameters())]
 
 # %% ../nbs/04_lora.ipynb #8de92455
 def add_lora(lm, saes: dict | None = None, rank: int = 16, layers="after", roles=("attention", "mlp"), alpha: float | None = None, seed: int = 0, name: str = "default", **options):

@@ -149,9 +149,9 @@ def restore(path, params: dict, opt, run: dict, state: dict) -> list[list[dict]]
         torch.set_rng_state(f.get_tensor("random"))
         return json.loads(f.metadata()["curves"])
 
-# %% ../nbs/06_train.ipynb #12e3cf1f
+# %% ../nbs/06_train.ipynb #91dce1d3
 RECIPES = {
-    "fast": dict(batch=4, lr=1e-3, warmup=0.05, decay="linear", clip=1.0, weight_decay=0.0, betas=(0.9, 0.99)),
+    "fast": dict(batch=2, lr=1e-3, warmup=0.05, decay="linear", clip=1.0, weight_decay=0.0, betas=(0.9, 0.99)),
     "published": dict(batch=1, lr=5e-5, warmup=0.0, decay="constant", clip=1.0, weight_decay=0.01, betas=(0.9, 0.999)),
 }
 LONG = 2**17  # from this many tokens on, making fused kernels takes less time than they save
