@@ -27,7 +27,7 @@ def small_project(tmp_path, monkeypatch):
             "rows = rows_of('squares', [dict(rank=x) for x in xs], square)\nprint(os.getcwd()); print('noise', file=sys.stderr)\nprint(rows.square.tolist())")
     def write(parameters="xs = [3]", body=code, tags=("parameters",)):
         cells = [new_code_cell(parameters, metadata=dict(tags=list(tags))), new_code_cell(body)]
-        nbformat.write(new_notebook(cells=cells), folder / "squares.ipynb")
+        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}), folder / "squares.ipynb")
     write()
     monkeypatch.chdir(tmp_path / "clone")
     monkeypatch.delenv("SAE_LORA_RESULTS", raising=False)
