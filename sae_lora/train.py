@@ -176,7 +176,7 @@ def _published_conditions(lm):
         for m in drops: m.eval()
         lm.set_attn_implementation(attention)
 
-# %% ../nbs/06_train.ipynb #909a32ef
+# %% ../nbs/06_train.ipynb #94010f51
 def _fit_kl(lm, students: dict, groups: list[dict], rows: Tensor, tokens: int, recipe: str, *, seed=0, keep="special", precision="auto", fuse="auto", checkpoint=None, measure=None, callback=None, **changes) -> list[list[dict]]:
     "The loop on the KL objective: of each student, whatever is in its place of `groups` gets the gradient."
     settings, published, W = _recipe(recipe, changes), recipe == "published", head(lm)
@@ -191,17 +191,19 @@ def _fit_kl(lm, students: dict, groups: list[dict], rows: Tensor, tokens: int, r
     def losses_of(step):
         some = model_inputs(rows[_share(at(step))].to(device))
         with fast: yield from (_published_each if published else distill_each)(lm, students, W, some, keep)
+    def measured():
+        with fast: return measure()  # the frozen weights are in bfloat16 meanwhile
     torch.manual_seed(seed)
     fuse = not published and (fuse is True or fuse == "auto" and tokens >= LONG and can_compile(device.type))
     with _published_conditions(lm) if published else frozen_in_bf16(lm, fast._enabled), compiled(lm, fuse):
-        return loop(losses_of, groups, tokens // step_tokens, step_tokens, run=run, checkpoint=checkpoint, measure=measure, callback=callback, **settings)
+        return loop(losses_of, groups, tokens // step_tokens, step_tokens, run=run, checkpoint=checkpoint, measure=measure and measured, callback=callback, **settings)
 
-# %% ../nbs/06_train.ipynb #7d18a4b3
+# %% ../nbs/06_train.ipynb #cc171e8b
 def fit_lora(lm, saes: dict, rows: Tensor, tokens: int = 65_536, recipe: str = "fast", **options) -> list[dict]:
     """Train the adapter of `lm` so that the model with `saes` in predicts as the model without; the curve.
 
     `rows` are token rows, `tokens` the budget. `options`, for this and the functions below: `seed`, `keep` (the rule of positions), `precision` (`auto`, `bf16`, `fp32`), `fuse` (`auto`, true, false: see `compiled`),
-    `checkpoint` (a file), `measure` and `callback` (see `loop`), and any setting of the recipe (`lr`, `batch`, …)."""
+    `checkpoint` (a file), `measure` (called in the arithmetic of the training) and `callback` (see `loop`), and any setting of the recipe (`lr`, `batch`, …)."""
     params = {n: p for n, p in lora_parameters(lm).items() if p.requires_grad}
     if not params: raise UsageError("the model has no trainable adapter; add one with add_lora")
     return _fit_kl(lm, {None: check_saes(lm, saes)}, [params], rows, tokens, recipe, **options)[0]
