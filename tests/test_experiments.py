@@ -24,7 +24,7 @@ def small_project(tmp_path, monkeypatch):
     (folder / "params" / "laptop").mkdir(parents=True)
     (folder / "params" / "laptop" / "squares.yml").write_text("estimate_minutes: 1\nxs: [1, 2]\n")
     code = ("from sae_lora.experiments import rows_of\nimport os, sys\ndef square(group):\n    for p in group: yield dict(square=p['rank'] ** 2)\n"
-            "rows = rows_of('squares', [dict(rank=x) for x in xs], square)\nprint(os.getcwd()); print('noise', file=sys.stderr)\nprint(rows.square.tolist())")
+            "rows = rows_of('squares', [dict(rank=x) for x in xs], square)\nprint(os.getcwd()); print('no' + 'ise', file=sys.stderr)\nprint(rows.square.tolist())")
     def write(parameters="xs = [3]", body=code, tags=("parameters",)):
         cells = [new_code_cell(parameters, metadata=dict(tags=list(tags))), new_code_cell(body)]
         nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}), folder / "squares.ipynb")

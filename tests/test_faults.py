@@ -44,7 +44,7 @@ SMALL = ("--tokens", 2048, "--valid-tokens", 512, "--rank", 2)
     (["--keep", "some"], ["some", "special, none"]),
     (["--model", "no/such-model"], ["no/such-model", "smollm2-135m"]),
     (["--text", "missing.txt"], ["missing.txt", "no such file"]),
-    (["--tokens", 100], ["100 tokens", "1024"]),
+    (["--tokens", 100], ["100 tokens", "512"]),
 ])
 def test_wrong_arguments(sae_lora, tmp_path, arguments, words):
     refused(sae_lora("adapt", "--out", tmp_path / "out", *SMALL, *arguments), *words)
