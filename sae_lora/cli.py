@@ -7,7 +7,7 @@ __all__ = ['app', 'Json', 'Seed', 'Model', 'Source', 'Out', 'Tokens', 'SAE_CARD'
            'report', 'sentence', 'show', 'run_adapt', 'adapt', 'demo', 'passages', 'evaluate', 'measure_sae',
            'train_sae', 'parse_parameters', 'run', 'build', 'main']
 
-# %% ../nbs/11_cli.ipynb #ef0e6f77
+# %% ../nbs/11_cli.ipynb #59ea77b8
 import json, resource, sys
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +22,7 @@ from rich.text import Text
 from .experiments import build_site, experiments, run_experiment, settings
 from .files import UsageError, written
 from .lm import layers as blocks_of, leads, load_lm
-from .lora import add_lora, load_adapter, save_adapter
+from .lora import add_lora, attach_adapter, save_adapter
 from .metrics import fidelity, sparsity, token_losses
 from .plots import curve as plot_curve
 from .sae import fingerprint, hook_name, load_sae, save_sae, site
@@ -175,7 +175,7 @@ def passages(lm, tok, saes: dict, rows: torch.Tensor, console: Console, n: int =
         most = g.topk(3).indices.tolist()
         console.print("   loss, spliced → adapted: " + ", ".join(f"{tok.decode(ids[i])!r} {ce['spliced'][row, start + i]:.1f} → {ce['adapted'][row, start + i]:.1f}" for i in most), highlight=False)
 
-# %% ../nbs/11_cli.ipynb #5ad79e28
+# %% ../nbs/11_cli.ipynb #6ef82600
 @app.command()
 def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or demo wrote.")], text: Source = "default",
              valid_tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure on.")] = 16_384,
@@ -184,7 +184,7 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or
     if not (folder / "report.json").exists(): raise UsageError(f"{folder}: no report.json; give a folder that sae-lora adapt or demo wrote")
     was = json.loads((folder / "report.json").read_text())
     lm, tok = load_lm(was["model"])
-    saes = load_adapter(lm, folder / "adapter")
+    saes = attach_adapter(lm, folder / "adapter")
     blocks = token_blocks(text, tok, was["length"], 0, valid_tokens, share=0.05 if text in ("default", "docs", "prose", was["text"]) else 1.0)
     r = report(lm, saes, blocks, was["keep"], **{k: was[k] for k in ("tokens", "seed", "recipe", "rank", "layers", "train_seconds", "tokens_per_second")})
     out = out or folder / f"evaluate-{Path(text).stem}.json"

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'LONG', 'ADAPTER', 'distill_each', 'distill', 'distill_published', 'order', 'schedule', 'loop', 'save',
-           'restore', 'fit_lora', 'fit_loras', 'finetune_sae', 'LinearAdapter', 'fit_linear', 'harvest', 'new_sae',
-           'unscaled', 'fit_sae', 'fit_e2e']
+           'restore', 'fit_lora', 'fit_loras', 'finetune_sae', 'fit_both', 'LinearAdapter', 'fit_linear', 'harvest',
+           'new_sae', 'unscaled', 'fit_sae', 'fit_e2e']
 
 # %% ../nbs/06_train.ipynb #a8712090
 import hashlib, json, math, os, time
@@ -35,19 +35,23 @@ def _weight(real: Tensor) -> float | Tensor:
     from accelerate.utils import reduce
     return real.sum() / reduce(real.sum().float(), "mean")
 
-# %% ../nbs/06_train.ipynb #dfb9708e
-def distill_each(lm, students: dict, W: Head, batch: dict, keep: str = "special"):
+# %% ../nbs/06_train.ipynb #c73246e7
+def distill_each(lm, students: dict, W: Head, batch: dict, keep: str = "special", keep_unspliced: float = 0.0):
     """Mean KL per position from *base* to each of several students on one batch, one after the other, with gradient to whatever in adapter or SAEs wants it.
 
-    `students` maps the name of an adapter (`None`: the active one) to the SAEs that go in with it. Prefix and teacher run once for all."""
+    `students` maps the name of an adapter (`None`: the active one) to the SAEs that go in with it. Prefix and teacher run once for all.
+    With `keep_unspliced` λ > 0, λ times the KL per position from *base* to *adapted, unspliced* is added."""
     start = min(shared_layer(lm, saes) for saes in students.values())
     with torch.no_grad(): prefix = hidden(lm, batch, start)
     real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"], dtype=torch.bool)
     with resume(lm, start, prefix):
         with torch.no_grad(), without_lora(lm): teacher = hidden(lm, batch, "final")[real]
         for adapter, saes in students.items():
-            with only(lm, adapter), splice(lm, saes, keep): student = hidden(lm, batch, "final")
-            yield kl_loss(W, student[real], teacher) * _weight(real)
+            with only(lm, adapter):
+                with splice(lm, saes, keep): student = hidden(lm, batch, "final")
+                loss = kl_loss(W, student[real], teacher)
+                if keep_unspliced: loss = loss + keep_unspliced * kl_loss(W, hidden(lm, batch, "final")[real], teacher)
+            yield loss * _weight(real)
 
 def distill(lm, saes: dict, W: Head, batch: dict, keep: str = "special") -> Tensor:
     "`distill_each` for the one student that there mostly is."
@@ -95,21 +99,23 @@ def _share(rows: Tensor) -> Tensor:
     "This process's part of the indices of a batch's rows."
     return rows[processes().process_index::processes().num_processes] if processes() else rows
 
-# %% ../nbs/06_train.ipynb #e40616e2
+# %% ../nbs/06_train.ipynb #76a4c3cd
 def loop(losses_of, groups: list[dict], steps: int, step_tokens: int, *, lr: float, warmup=0.05, decay="linear", clip=1.0, weight_decay=0.0, betas=(0.9, 0.999),
-         checkpoint=None, run: dict = {}, state: dict = {}, measure=None, callback=None, points: int = 50, label="train") -> list[list[dict]]:
+         scales: dict = {}, checkpoint=None, run: dict = {}, state: dict = {}, measure=None, callback=None, points: int = 50, label="train") -> list[list[dict]]:
     """Minimise each loss that the iterator `losses_of(step)` gives over the parameters in its place of `groups` with AdamW; a curve for each: rows of `step, tokens, loss, lr, seconds`, and what `measure()` adds (its time is not counted).
 
-    `checkpoint` is a file: where it holds a run with the same `run` parameters, training goes on from it, exactly (`state` names further tensors to keep). `callback(row)` sees the first curve's rows."""
+    `scales` names parameters that have a share of the learning rate. `checkpoint` is a file: where it holds a run with the same `run` parameters, training goes on from it, exactly (`state` names further tensors to keep). `callback(row)` sees the first curve's rows."""
     keep_memory()
     params = {n: p for group in groups for n, p in group.items()}
-    opt = torch.optim.AdamW(params.values(), lr=lr, betas=betas, weight_decay=weight_decay)
+    shares = sorted({scales.get(n, 1.0) for n in params})
+    opt = torch.optim.AdamW([dict(params=[p for n, p in params.items() if scales.get(n, 1.0) == s], share=s) for s in shares], lr=lr, betas=betas, weight_decay=weight_decay)
     curves = restore(checkpoint, params, opt, run, state) or [[] for _ in groups]
     start, spent = (curves[0][-1]["step"], curves[0][-1]["seconds"]) if curves[0] else (0, 0.0)
     every, totals, began = max(steps // points, 1), [0.0] * len(groups), time.perf_counter() - spent
     with tqdm(total=steps * step_tokens, initial=start * step_tokens, desc=label, unit="tok", unit_scale=True, leave=False, mininterval=0.5, disable=not leads()) as bar:
         for step in range(start, steps):
-            for group in opt.param_groups: group["lr"] = lr * schedule(step, steps, warmup, decay)
+            now = lr * schedule(step, steps, warmup, decay)
+            for group in opt.param_groups: group["lr"] = now * group["share"]
             for i, loss in enumerate(losses_of(step)):
                 loss.backward()
                 totals[i] += (value := _average(loss, list(groups[i].values())))
@@ -119,7 +125,7 @@ def loop(losses_of, groups: list[dict], steps: int, step_tokens: int, *, lr: flo
             bar.update(step_tokens); bar.set_postfix(loss=f"{value:.4f}", refresh=False)
             if (step + 1) % every == 0 or step + 1 == steps:
                 n, seconds = step + 1 - (curves[0][-1]["step"] if curves[0] else 0), time.perf_counter() - began
-                row = dict(step=step + 1, tokens=(step + 1) * step_tokens, lr=opt.param_groups[0]["lr"], seconds=seconds) | (measure() if measure else {})
+                row = dict(step=step + 1, tokens=(step + 1) * step_tokens, lr=now, seconds=seconds) | (measure() if measure else {})
                 began = time.perf_counter() - seconds
                 for curve, total in zip(curves, totals): curve.append(row | dict(loss=total / n))
                 totals = [0.0] * len(groups)
@@ -176,21 +182,22 @@ def _published_conditions(lm):
         for m in drops: m.eval()
         lm.set_attn_implementation(attention)
 
-# %% ../nbs/06_train.ipynb #94010f51
-def _fit_kl(lm, students: dict, groups: list[dict], rows: Tensor, tokens: int, recipe: str, *, seed=0, keep="special", precision="auto", fuse="auto", checkpoint=None, measure=None, callback=None, **changes) -> list[list[dict]]:
+# %% ../nbs/06_train.ipynb #3d8f1b2f
+def _fit_kl(lm, students: dict, groups: list[dict], rows: Tensor, tokens: int, recipe: str, *, seed=0, keep="special", keep_unspliced=0.0, precision="auto", fuse="auto", checkpoint=None, measure=None, callback=None, **changes) -> list[list[dict]]:
     "The loop on the KL objective: of each student, whatever is in its place of `groups` gets the gradient."
     settings, published, W = _recipe(recipe, changes), recipe == "published", head(lm)
     batch, params = settings.pop("batch"), [n for group in groups for n in group]
     device, at, step_tokens = W.weight.device, order(len(rows), batch, seed), batch * rows.shape[-1]
     if tokens < step_tokens: raise UsageError(f"{tokens} tokens are less than one step of {batch} rows of {rows.shape[-1]}; give at least {step_tokens}")
     if processes() and batch % processes().num_processes: raise UsageError(f"{processes().num_processes} processes cannot share batches of {batch} rows; give a batch they divide")
-    run = dict(tokens=tokens, recipe=recipe, seed=seed, keep=keep, precision=precision, batch=batch, params=sorted(params), trainable=sum(p.numel() for group in groups for p in group.values()),
+    if published and keep_unspliced: raise UsageError("the published recipe has no keep_unspliced; leave one of them out")
+    run = dict(tokens=tokens, recipe=recipe, seed=seed, keep=keep, keep_unspliced=keep_unspliced, precision=precision, batch=batch, params=sorted(params), trainable=sum(p.numel() for group in groups for p in group.values()),
                saes=[{i: fingerprint(sae) for i, sae in saes.items()} for saes in students.values()], rows=hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16], **settings)
     fast = arithmetic(device, "fp32" if published else precision)
     if fast._enabled: W = W._replace(weight=W.weight.to(torch.bfloat16))
     def losses_of(step):
         some = model_inputs(rows[_share(at(step))].to(device))
-        with fast: yield from (_published_each if published else distill_each)(lm, students, W, some, keep)
+        with fast: yield from _published_each(lm, students, W, some, keep) if published else distill_each(lm, students, W, some, keep, keep_unspliced)
     def measured():
         with fast: return measure()  # the frozen weights are in bfloat16 meanwhile
     torch.manual_seed(seed)
@@ -198,11 +205,11 @@ def _fit_kl(lm, students: dict, groups: list[dict], rows: Tensor, tokens: int, r
     with _published_conditions(lm) if published else frozen_in_bf16(lm, fast._enabled), compiled(lm, fuse):
         return loop(losses_of, groups, tokens // step_tokens, step_tokens, run=run, checkpoint=checkpoint, measure=measure and measured, callback=callback, **settings)
 
-# %% ../nbs/06_train.ipynb #cc171e8b
+# %% ../nbs/06_train.ipynb #d7ff5b2d
 def fit_lora(lm, saes: dict, rows: Tensor, tokens: int = 65_536, recipe: str = "fast", **options) -> list[dict]:
     """Train the adapter of `lm` so that the model with `saes` in predicts as the model without; the curve.
 
-    `rows` are token rows, `tokens` the budget. `options`, for this and the functions below: `seed`, `keep` (the rule of positions), `precision` (`auto`, `bf16`, `fp32`), `fuse` (`auto`, true, false: see `compiled`),
+    `rows` are token rows, `tokens` the budget. `options`, for this and the functions below: `seed`, `keep` (the rule of positions), `keep_unspliced` (λ, see `distill_each`), `precision` (`auto`, `bf16`, `fp32`), `fuse` (`auto`, true, false: see `compiled`),
     `checkpoint` (a file), `measure` (called in the arithmetic of the training) and `callback` (see `loop`), and any setting of the recipe (`lr`, `batch`, …)."""
     params = {n: p for n, p in lora_parameters(lm).items() if p.requires_grad}
     if not params: raise UsageError("the model has no trainable adapter; add one with add_lora")
@@ -233,7 +240,17 @@ def finetune_sae(lm, saes: dict, rows: Tensor, tokens: int = 65_536, parameters=
     finally:
         for sae in saes.values(): sae.requires_grad_(False)
 
-# %% ../nbs/06_train.ipynb #1566a70c
+# %% ../nbs/06_train.ipynb #05146cf0
+def fit_both(lm, saes: dict, rows: Tensor, tokens: int = 65_536, **options) -> list[dict]:
+    "Train the adapter of `lm` and the SAEs, in place, together, the SAEs at a tenth of the learning rate. The curve."
+    saes, params = check_saes(lm, saes), {n: p for n, p in lora_parameters(lm).items() if p.requires_grad}
+    if not params: raise UsageError("the model has no trainable adapter; add one with add_lora")
+    own = {f"{i}.{n}": p for i, sae in saes.items() for n, p in _trained(sae).items()}
+    try: return _fit_kl(lm, {None: saes}, [params | own], rows, tokens, "fast", **dict(scales=dict.fromkeys(own, 0.1)) | options)[0]
+    finally:
+        for sae in saes.values(): sae.requires_grad_(False)
+
+# %% ../nbs/06_train.ipynb #686ee58f
 class LinearAdapter(nn.Module):
     "An SAE followed by a low-rank linear map of its reconstruction, `x̂ + B A x̂`; the identity at first."
     def __init__(self, sae, rank: int, seed: int = 0):
@@ -247,14 +264,14 @@ class LinearAdapter(nn.Module):
         y = reconstruct(self.sae, x)
         return y + y @ self.A.T @ self.B.T
 
-# %% ../nbs/06_train.ipynb #9bd4b316
+# %% ../nbs/06_train.ipynb #f49234ea
 def fit_linear(lm, saes: dict, rows: Tensor, tokens: int = 65_536, rank: int = 64, **options) -> tuple[dict, list[dict]]:
     "Train a linear map of rank `rank` after each SAE with the KL objective: the SAEs with their maps, to be spliced like any others, and the curve."
     adapted = {i: LinearAdapter(sae, rank, options.get("seed", 0)).to(sae.W_dec.device) for i, sae in check_saes(lm, saes).items()}
     params = {f"{i}.{n}": p for i, sae in adapted.items() for n, p in _trained(sae, ("A", "B")).items()}
     return adapted, _fit_kl(lm, {None: adapted}, [params], rows, tokens, "fast", **options)[0]
 
-# %% ../nbs/06_train.ipynb #0f8f2918
+# %% ../nbs/06_train.ipynb #73a6434b
 def _states_path(lm, rows: Tensor, layer: int, keep: str, fast: bool) -> Path:
     "The cache file of hidden states: named by the weights up to the layer, the rows, the rule of positions and the arithmetic."
     digest = hashlib.sha256(repr((layer, keep, fast)).encode() + rows.numpy().tobytes())
@@ -262,7 +279,7 @@ def _states_path(lm, rows: Tensor, layer: int, keep: str, fast: bool) -> Path:
         for name, value in part.state_dict().items(): digest.update(name.encode() + value.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
     return cache_path("states", f"{digest.hexdigest()[:16]}.bf16")
 
-# %% ../nbs/06_train.ipynb #e29acfc9
+# %% ../nbs/06_train.ipynb #c52bfd16
 @torch.no_grad()
 def harvest(lm, rows: Tensor, layer: int, keep: str = "special", batch: int = 8, cached: bool = False) -> Tensor:
     "Hidden states at `layer` that a splice would replace, `(positions, width)`, bfloat16; if `cached`, memory-mapped from a file in the cache, computed once for these weights and rows."
@@ -281,7 +298,7 @@ def harvest(lm, rows: Tensor, layer: int, keep: str = "special", batch: int = 8,
         if path: os.truncate(part, 2 * n)
     return (mapped(path, n) if path else out[:n]).view(-1, width)
 
-# %% ../nbs/06_train.ipynb #10250fa8
+# %% ../nbs/06_train.ipynb #47c12462
 def new_sae(x: Tensor, width: int, k: int, seed: int = 0, **metadata):
     "A fresh TopK training SAE for hidden states like `x`, and the factor that brings them to unit variance per dimension."
     from sae_lens.saes.sae import SAEMetadata
@@ -294,7 +311,7 @@ def new_sae(x: Tensor, width: int, k: int, seed: int = 0, **metadata):
     sae.b_dec.data = x.mean(0) * factor
     return sae, factor
 
-# %% ../nbs/06_train.ipynb #a2bb8ba4
+# %% ../nbs/06_train.ipynb #77e5a34b
 @torch.no_grad()
 def unscaled(sae, factor: float):
     "The inference SAE of a training SAE that saw hidden states times `factor`: unit decoder rows, activations in the hidden states' own unit."
@@ -304,7 +321,7 @@ def unscaled(sae, factor: float):
     out.load_state_dict(dict(W_enc=sae.W_enc * norm, b_enc=sae.b_enc * norm / factor, W_dec=sae.W_dec / norm[:, None], b_dec=sae.b_dec / factor))
     return out.eval().requires_grad_(False)
 
-# %% ../nbs/06_train.ipynb #24a09d92
+# %% ../nbs/06_train.ipynb #0fc49e5b
 def fit_sae(x: Tensor, tokens: int, width: int = 4608, k: int = 32, lr: float = 2e-3, batch: int = 1024, seed: int = 0, dead_after: int = 200_000, metadata: dict = {}, **options) -> tuple:
     """Train a TopK SAE to reconstruct hidden states `x` `(positions, width of the model)`: the SAE and the curve, whose `loss` is the FVU plus the auxiliary loss.
 
@@ -323,7 +340,7 @@ def fit_sae(x: Tensor, tokens: int, width: int = 4608, k: int = 32, lr: float = 
     curve, = loop(losses_of, [_trained(sae)], tokens // batch, batch, lr=lr, run=run, state={"silent": silent}, label=f"SAE {width}, k={k}", **options)
     return unscaled(sae, factor), curve
 
-# %% ../nbs/06_train.ipynb #034569f6
+# %% ../nbs/06_train.ipynb #cb6e0a2d
 def fit_e2e(lm, layer: int, rows: Tensor, tokens: int, width: int = 4608, k: int = 32, **options) -> tuple:
     "Train a TopK SAE at `layer` from random weights with the KL objective alone: the SAE and the curve."
     sae, factor = new_sae(harvest(lm, rows[:64], layer), width, k, options.get("seed", 0), hook_name=f"blocks.{layer}.hook_resid_post", model_name=lm.name_or_path)

@@ -1,5 +1,6 @@
 """SAEs come in many formats and go out in one; adapters are plain PEFT; both are read by the libraries they belong to."""
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +9,8 @@ from safetensors.torch import save_file
 
 from conftest import random_sae, tiny
 from sae_lora.files import UsageError
-from sae_lora.lora import add_lora, load_adapter, lora_parameters, save_adapter
+from sae_lora.lm import load_lm
+from sae_lora.lora import add_lora, attach_adapter, load_adapter, lora_parameters, save_adapter
 from sae_lora.sae import fingerprint, load_sae, reconstruct, save_sae, site
 from sae_lora.splice import check_fit, splice
 
@@ -111,8 +113,8 @@ def test_an_adapter_refuses_another_sae(tmp_path):
     add_lora(lm, saes, rank=2)
     save_adapter(lm, saes, tmp_path / "a")
     assert (tmp_path / "a" / "sae-1").is_dir()  # an SAE that was never in a file comes along
-    with pytest.raises(UsageError, match="belongs to SAE"): load_adapter(tiny("llama"), tmp_path / "a", {1: random_sae(seed=5)})
-    assert fingerprint(load_adapter(tiny("llama"), tmp_path / "a")[1]) == fingerprint(saes[1])
+    with pytest.raises(UsageError, match="belongs to SAE"): attach_adapter(tiny("llama"), tmp_path / "a", {1: random_sae(seed=5)})
+    assert fingerprint(attach_adapter(tiny("llama"), tmp_path / "a")[1]) == fingerprint(saes[1])
 
 
 def test_plain_peft_plain_saelens_and_a_ten_line_hook(clean, tmp_path):
@@ -120,7 +122,6 @@ def test_plain_peft_plain_saelens_and_a_ten_line_hook(clean, tmp_path):
     from peft import PeftModel
     from sae_lens import SAE
     from sae_lora.files import data_path
-    from sae_lora.lm import load_lm
     from sae_lora.metrics import fidelity
     lm, tok, saes, blocks = clean
     rows = blocks.valid[:8]
@@ -142,3 +143,52 @@ def test_plain_peft_plain_saelens_and_a_ten_line_hook(clean, tmp_path):
     handle.remove()
     ce = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten()).item()
     assert abs(ce - ours["adapted"]) < 1e-4
+
+
+def test_a_folder_or_hub_id_gives_everything_in_one_line(tmp_path, monkeypatch):
+    "The hub's own cache layout, read without a network; what is pushed is what was saved."
+    import shutil
+    import huggingface_hub
+    from sae_lora import lora
+    lm, saes, batch = tiny("llama"), {1: random_sae()}, {"input_ids": torch.randint(3, 97, (2, 12))}
+    lm.save_pretrained(tmp_path / "model")
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(97)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, bos_token="w1", eos_token="w2").save_pretrained(tmp_path / "model")
+    lm, tok = load_lm(tmp_path / "model")
+    save_sae(saes[1], tmp_path / "mine")
+    saes = {1: load_sae(tmp_path / "mine")}
+    add_lora(lm, saes, rank=2)
+    with torch.no_grad():
+        for p in lora_parameters(lm).values(): p.normal_(0, 0.1)
+        with splice(lm, saes): before = lm(**batch).logits
+    save_adapter(lm, saes, tmp_path / "adapter")
+    shutil.rmtree(tmp_path / "mine")  # an SAE from this disk came along
+    snapshot = tmp_path / "hub" / "models--someone--small" / "snapshots" / "0123abc"
+    shutil.copytree(tmp_path / "adapter", snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0123abc")
+    monkeypatch.setattr(lora, "snapshot_download", lambda *a, **o: huggingface_hub.snapshot_download(*a, cache_dir=tmp_path / "hub", local_files_only=True, **o))
+    for source in (tmp_path / "adapter", "someone/small"):
+        lm, tok, saes, spliced = load_adapter(source)
+        with torch.no_grad(), spliced(): assert torch.equal(lm(**batch).logits, before)
+    with pytest.raises(UsageError, match="someone/else could not be fetched"): load_adapter("someone/else")
+    with pytest.raises(UsageError, match="no such folder"): load_adapter("nothing here")
+
+
+def test_pushing_sends_the_whole_folder(tmp_path, monkeypatch):
+    from sae_lora import lora
+    sent = {}
+    class Hub:
+        def __init__(self, token): sent["token"] = token
+        def create_repo(self, repo_id, private, exist_ok): sent["private"] = private; return f"https://hub/{repo_id}"
+        def upload_folder(self, repo_id, folder_path, commit_message): sent["files"] = sorted(p.name for p in Path(folder_path).iterdir())
+    monkeypatch.setattr(lora, "HfApi", Hub)
+    lm, saes = tiny("llama"), {1: random_sae()}
+    add_lora(lm, saes, rank=2)
+    save_adapter(lm, saes, tmp_path / "a")
+    assert lora.push_to_hub(tmp_path / "a", "you/it", private=True) == "https://hub/you/it"
+    assert sent == dict(token=None, private=True, files=sorted(p.name for p in (tmp_path / "a").iterdir()))
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "sae-1", "sae_lora.json"} <= set(sent["files"])
+    with pytest.raises(UsageError, match="no sae_lora.json"): lora.push_to_hub(tmp_path, "you/it")

@@ -10,11 +10,11 @@ import torch
 from conftest import random_sae, tiny
 
 from sae_lora.files import UsageError
-from sae_lora.lm import Head
+from sae_lora.lm import Head, head
 from sae_lora.loss import can_compile, compiled, kl_loss, losses
-from sae_lora.lora import add_lora, lora_parameters
+from sae_lora.lora import add_lora, lora_parameters, without_lora
 from sae_lora.metrics import fidelities, fidelity
-from sae_lora.train import fit_lora, fit_loras
+from sae_lora.train import distill_each, fit_both, fit_lora, fit_loras
 
 ROWS = torch.randint(3, 97, (24, 16), generator=torch.Generator().manual_seed(0))
 RUN = dict(tokens=16 * 16, batch=2, precision="fp32")
@@ -106,7 +106,7 @@ sys.path.insert(0, {tests!r})
 from conftest import random_sae, tiny
 from test_training import ROWS
 from sae_lora.lm import leads
-from sae_lora.lora import add_lora, lora_parameters
+from sae_lora.lora import add_lora, lora_parameters, without_lora
 from sae_lora.train import fit_lora
 rows = ROWS.clone()
 if {padded}: rows[::3, 9:] = -1
@@ -128,3 +128,38 @@ def test_two_processes_train_as_one(tmp_path, padded):
     (one, adapter), (two, twin) = losses_of(), losses_of("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
     torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=0, atol=1e-5)
     for n, p in adapter.items(): torch.testing.assert_close(torch.tensor(p), torch.tensor(twin[n]), rtol=1e-3, atol=1e-4)
+
+
+def test_the_unspliced_model_is_kept_where_asked():
+    lm, saes, left = tiny("llama"), {1: random_sae()}, {}
+    for strength in (0.0, 3.0):
+        add_lora(lm, saes, rank=4)
+        fit_lora(lm, saes, ROWS, **RUN | dict(tokens=64 * 16, lr=1e-2), keep_unspliced=strength)
+        left[strength] = fidelity(lm, saes, ROWS)["kl"]
+        lm.delete_adapter("default")
+    assert left[3.0]["adapted_unspliced"] < 0.5 * left[0.0]["adapted_unspliced"] and left[3.0]["adapted"] < left[3.0]["spliced"]
+    add_lora(lm, saes, rank=4)
+    with pytest.raises(UsageError, match="no keep_unspliced"): fit_lora(lm, saes, ROWS, 64, "published", keep_unspliced=1.0)
+
+
+def test_the_penalty_is_the_divergence_it_names():
+    lm, saes, batch = tiny("gemma2"), {1: random_sae()}, {"input_ids": ROWS[:2]}
+    add_lora(lm, saes, rank=4)
+    for p in lora_parameters(lm).values(): p.data.normal_(0, 0.1)
+    W = head(lm)
+    plain, kept = (next(distill_each(lm, {None: saes}, W, batch, keep_unspliced=s)).item() for s in (0.0, 0.5))
+    with torch.no_grad():
+        unspliced = lm(**batch).logits.log_softmax(-1)
+        with without_lora(lm): base = lm(**batch).logits.log_softmax(-1)
+    assert kept - plain == pytest.approx(0.5 * float((base.exp() * (base - unspliced)).sum(-1).mean()), rel=1e-3)
+
+
+def test_adapter_and_sae_train_together_at_their_own_rates():
+    lm, saes = tiny("llama"), {1: random_sae()}
+    add_lora(lm, saes, rank=4)
+    adapter, sae = trained(lm), {n: p.clone() for n, p in saes[1].named_parameters()}
+    rate = 1e-3
+    fit_both(lm, saes, ROWS, tokens=16, batch=1, lr=rate, warmup=0.0, precision="fp32")  # one step of Adam moves what has a gradient by about the rate
+    moved = lambda now, was: max(float((p - was[n]).abs().max()) for n, p in now.items())
+    assert moved(trained(lm), adapter) == pytest.approx(rate, rel=0.05) and moved(dict(saes[1].named_parameters()), sae) == pytest.approx(rate / 10, rel=0.05)
+    assert not any(p.requires_grad for p in saes[1].parameters())
