@@ -102,7 +102,7 @@ def local_tasks(task: str, data) -> list[dict]:
                                                                       "custom_dataset": partial(_dataset, f.read, path, f.split)})
     return found
 
-# %% ../nbs/07_tasks.ipynb #b7eb72f9
+# %% ../nbs/07_tasks.ipynb #246d1c11
 def _loaded(tasks: list, data) -> tuple[dict, dict]:
     "lm-eval's tasks, ready to run, and the names of the tasks in each family that was asked for."
     from lm_eval.tasks import TaskManager
@@ -119,7 +119,7 @@ def _loaded(tasks: list, data) -> tuple[dict, dict]:
     for task in loaded["tasks"].values():
         if task.get_config("num_fewshot") is None: task.set_config("num_fewshot", 0)
         task.set_fewshot_seed(1234)  # lm-eval's own default
-    return loaded, {t: [s["task"] for s in found] for t, found in local.items() if len(found) > 1}
+    return loaded, {t: names for t, found in local.items() if (names := [s["task"] for s in found]) and names != [t]}
 
 # %% ../nbs/07_tasks.ipynb #2532c7fd
 def _row(metric: str, value: float, stderr, items: list[float]) -> dict:
