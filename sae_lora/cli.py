@@ -100,11 +100,11 @@ def _picture(folder: Path, curve: list[dict], r: dict):
     import pandas as pd
     with written(folder / "curve.png") as part: plot_curve(pd.DataFrame(curve), r["ce"]).figure.savefig(part, format="png")
 
-# %% ../nbs/11_cli.ipynb #120220eb
+# %% ../nbs/11_cli.ipynb #1bd9aeb0
 def run_adapt(out: Path, model="smollm2-135m", sae=("default",), text="default", rank=64, layers="after", tokens=327_680, valid_tokens=16_384, length=256,
               recipe="fast", keep="special", seed=0, resume=False, **changes) -> tuple:
-    "Splice, adapt, measure and save: the model, its SAEs, the blocks and the report. `changes` (`lr`, `batch`) replace settings of the recipe."
-    out = Path(out)
+    "Splice, adapt, measure and save: the model, its SAEs, the blocks and the report. `changes` (`lr`, `batch`, `keep_unspliced`) replace settings of the recipe."
+    out, changes = Path(out), {k: v for k, v in changes.items() if v is not None}
     _folder(out, resume)
     lm, tok = load_lm(model)
     saes = check_saes(lm, parse_saes(sae))
@@ -112,9 +112,9 @@ def run_adapt(out: Path, model="smollm2-135m", sae=("default",), text="default",
     check_fit(lm, saes, model_inputs(blocks.valid[:4]))
     adapter = dict(rank=rank, layers=parse_layers(layers) if isinstance(layers, str) else layers, seed=seed, **ADAPTER[recipe if recipe in ADAPTER else "fast"])
     add_lora(lm, saes, **adapter)
-    curve = fit_lora(lm, saes, blocks.train, tokens, recipe, seed=seed, keep=keep, checkpoint=out / "state.safetensors", **{k: v for k, v in changes.items() if v is not None})
+    curve = fit_lora(lm, saes, blocks.train, tokens, recipe, seed=seed, keep=keep, checkpoint=out / "state.safetensors", **changes)
     if not leads(): raise SystemExit  # the first process measures and writes
-    r = report(lm, saes, blocks, keep, tokens=curve[-1]["tokens"], seed=seed, recipe=recipe, rank=rank, layers=str(layers), train_seconds=curve[-1]["seconds"], tokens_per_second=curve[-1]["tokens"] / curve[-1]["seconds"])
+    r = report(lm, saes, blocks, keep, tokens=curve[-1]["tokens"], seed=seed, recipe=recipe, rank=rank, layers=str(layers), changes=changes, train_seconds=curve[-1]["seconds"], tokens_per_second=curve[-1]["tokens"] / curve[-1]["seconds"])
     save_adapter(lm, saes, out / "adapter", keep, r)
     _picture(out, curve, r)
     _write(out, "report.json", r)
@@ -134,7 +134,7 @@ Tokens = Annotated[int, typer.Option(min=1, help="Training budget in tokens.")]
 def _say(r: dict, as_json: bool, console: Console | None = None):
     print(json.dumps(r, indent=1)) if as_json else show(r, console or Console())
 
-# %% ../nbs/11_cli.ipynb #332a86f2
+# %% ../nbs/11_cli.ipynb #93bb5dad
 @app.command()
 def adapt(out: Out, model: Model = "smollm2-135m",
           sae: Annotated[list[str], typer.Option(help="[LAYER=]SPEC: default, a SAELens or Gemma Scope folder, or release:id of the SAELens registry. Repeatable.")] = ["default"],
@@ -147,10 +147,11 @@ def adapt(out: Out, model: Model = "smollm2-135m",
           length: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 256,
           recipe: Annotated[str, typer.Option(help="fast, or published: the original training.")] = "fast",
           keep: Annotated[str, typer.Option(help="Positions the SAE is kept from: special (first position, special tokens), or none.")] = "special",
+          keep_unspliced: Annotated[float, typer.Option(min=0, help="Weight of a penalty on what the adapter does to the model while the SAE is out; 1 holds it close to the base model.")] = 0.0,
           valid_tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens to measure on.")] = 16_384,
           resume: Annotated[bool, typer.Option(help="Go on with the stopped run in --out.")] = False, seed: Seed = 0, as_json: Json = False):
     "Splice SAEs into a model, train a LoRA adapter around them, measure the four models, and save the adapter."
-    *_, r = run_adapt(out, model, sae, text, rank, layers, tokens, valid_tokens, length, recipe, keep, seed, resume, lr=lr, batch=batch)
+    *_, r = run_adapt(out, model, sae, text, rank, layers, tokens, valid_tokens, length, recipe, keep, seed, resume, lr=lr, batch=batch, keep_unspliced=keep_unspliced or None)
     _say(r, as_json)
 
 # %% ../nbs/11_cli.ipynb #380d5670
@@ -175,7 +176,7 @@ def passages(lm, tok, saes: dict, rows: torch.Tensor, console: Console, n: int =
         most = g.topk(3).indices.tolist()
         console.print("   loss, spliced → adapted: " + ", ".join(f"{tok.decode(ids[i])!r} {ce['spliced'][row, start + i]:.1f} → {ce['adapted'][row, start + i]:.1f}" for i in most), highlight=False)
 
-# %% ../nbs/11_cli.ipynb #6ef82600
+# %% ../nbs/11_cli.ipynb #c92c64b2
 @app.command()
 def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or demo wrote.")], text: Source = "default",
              valid_tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure on.")] = 16_384,
@@ -186,7 +187,7 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or
     lm, tok = load_lm(was["model"])
     saes = attach_adapter(lm, folder / "adapter")
     blocks = token_blocks(text, tok, was["length"], 0, valid_tokens, share=0.05 if text in ("default", "docs", "prose", was["text"]) else 1.0)
-    r = report(lm, saes, blocks, was["keep"], **{k: was[k] for k in ("tokens", "seed", "recipe", "rank", "layers", "train_seconds", "tokens_per_second")})
+    r = report(lm, saes, blocks, was["keep"], **{k: was.get(k) for k in ("tokens", "seed", "recipe", "rank", "layers", "changes", "train_seconds", "tokens_per_second")})
     out = out or folder / f"evaluate-{Path(text).stem}.json"
     _write(out.parent, out.name, r)
     _say(r, as_json)

@@ -35,8 +35,8 @@ def clean(world):
 @pytest.fixture(scope="session")
 def ag_news() -> Path:
     "AG News, text that no SAE or adapter of ours was trained on."
-    path = Path(os.environ.get("SAE_LORA_TEST_DATA", ROOT.parent / "shared" / "data")) / "ag_news" / "test.csv"
-    if not path.exists(): pytest.skip("AG News is not on this machine; put ag_news/test.csv in the folder that SAE_LORA_TEST_DATA names")
+    path = Path(os.environ.get("SAE_LORA_DATA", ROOT.parent / "shared" / "data")) / "ag_news" / "test.csv"
+    if not path.exists(): pytest.skip("AG News is not on this machine; put ag_news/test.csv in the folder that SAE_LORA_DATA names")
     return path
 
 

@@ -74,6 +74,15 @@ def test_mistakes_on_the_command_line():
         assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and said in done.stderr, done.stderr
 
 
+def test_benchmarks_lie_where_the_user_says(monkeypatch, tmp_path):
+    assert (ex.benchmarks("sample") / "blimp").is_dir()
+    monkeypatch.setenv("SAE_LORA_DATA", str(tmp_path))
+    assert ex.benchmarks("full") == tmp_path
+    monkeypatch.delenv("SAE_LORA_DATA")
+    with pytest.raises(UsageError, match="SAE_LORA_DATA to a folder"): ex.benchmarks("full")
+    with pytest.raises(UsageError, match="give full or sample"): ex.benchmarks("all")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_size_names_known_parameters(name):
     for size in ("smoke", "laptop", "paper"):

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, random_sae, tiny
 from sae_lora import latents as latents_module
 from sae_lora.files import UsageError
-from sae_lora.latents import absorbed, absorption, agreement, decoder, explained_variance, labelled, latent_cards, loss_recovered, pooled, probe, promotes, scr, top_latents, tpp
+from sae_lora.latents import absorbed, absorption, agreement, cards_page, decoder, explained_variance, labelled, latent_cards, loss_recovered, pooled, probe, promotes, scr, some_latents, top_latents, tpp
 from sae_lora.lm import hidden, layers, stack
 from sae_lora.lora import add_lora, lora_parameters, without_lora
 from sae_lora.metrics import token_losses
@@ -28,8 +28,8 @@ PAIRS = [("The keys to the door are here.", "The keys to the door is here."), ("
 
 
 def shared(name: str) -> Path:
-    path = Path(os.environ.get("SAE_LORA_TEST_DATA", ROOT.parent / "shared" / "data")) / name
-    if not path.exists(): pytest.skip(f"{name} is not on this machine; put it in the folder that SAE_LORA_TEST_DATA names")
+    path = Path(os.environ.get("SAE_LORA_DATA", ROOT.parent / "shared" / "data")) / name
+    if not path.exists(): pytest.skip(f"{name} is not on this machine; put it in the folder that SAE_LORA_DATA names")
     return path
 
 
@@ -404,3 +404,27 @@ def test_latents_can_be_removed_where_the_output_is_a_sum(clean):
     f = scaled.encode(torch.randn(5, 32))
     torch.testing.assert_close(f @ decoder(scaled) + scaled.b_dec, scaled.decode(f), rtol=1e-4, atol=1e-4)
     with pytest.raises(UsageError, match="layer_norm"): decoder(random_sae(normalize_activations="layer_norm"))
+
+
+def test_a_page_of_cards_is_searchable_and_escapes_what_it_shows():
+    card = dict(layer=1, latent=7, rate=dict(base=0.01, adapted=0.02), top_overlap=0.5, promotes=["<b>", " x"], suppresses=["y"],
+                passages=[dict(tokens=["<i>", "a\n"], base=[2.0, 0.0], adapted=[1.0, 0.0]), dict(tokens=["same"], base=[1.0], adapted=[1.0])])
+    page = cards_page([card, card | dict(latent=8)])
+    assert page.count("<details>") == 2 and 'type="search"' in page and "&lt;i&gt;" in page and "<i>" not in page and "<b>" not in page.replace("<b>latent", "")
+    assert page.count("<small>adapted") == 2 and "a⏎" in page  # one line of the two differs, on each card
+
+
+def test_some_latents_lie_between_the_rates():
+    from conftest import random_sae, tiny
+    lm, sae, rows = tiny("llama"), random_sae(), torch.randint(3, 97, (6, 16), generator=torch.Generator().manual_seed(0))
+    chosen = some_latents(lm, sae, 1, rows, 4, low=0.02, high=0.3)
+    rate = (latents_module.latents_at(lm, sae, 1, rows)[1] > 0).sum((0, 1)) / (6 * 15)
+    assert len(set(chosen)) == 4 and all(0.02 <= rate[i] <= 0.3 for i in chosen) and rate[chosen[0]] <= rate[chosen[-1]]
+    with pytest.raises(UsageError, match="latents fire at between"): some_latents(lm, sae, 1, rows, 60, low=0.02, high=0.3)
+
+
+def test_a_family_of_one_file_is_a_family(clean):
+    from sae_lora.experiments import benchmarks
+    lm, tok, saes, _ = clean
+    found = benchmark(lm, tok, ["mmlu"], data=benchmarks("sample"))
+    assert found["mmlu"]["n"] == found["mmlu_astronomy"]["n"] == 4
