@@ -7,7 +7,7 @@ __all__ = ['app', 'Json', 'Seed', 'Model', 'Source', 'Out', 'Tokens', 'SAE_CARD'
            'report', 'sentence', 'show', 'run_adapt', 'adapt', 'demo', 'passages', 'evaluate', 'measure_sae',
            'train_sae', 'parse_parameters', 'run', 'build', 'main']
 
-# %% ../nbs/11_cli.ipynb #59ea77b8
+# %% ../nbs/11_cli.ipynb #248051a7
 import json, resource, sys
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +24,6 @@ from .files import UsageError, written
 from .lm import layers as blocks_of, leads, load_lm
 from .lora import add_lora, attach_adapter, save_adapter
 from .metrics import fidelity, sparsity, token_losses
-from .plots import curve as plot_curve
 from .sae import fingerprint, hook_name, load_sae, save_sae, site
 from .splice import check_fit, check_saes
 from .text import model_inputs, token_blocks
@@ -89,7 +88,7 @@ def _folder(out: Path, resume: bool):
     if out.exists() and any(out.iterdir()) and not resume: raise UsageError(f"{out} is not empty; choose another --out, or --resume the run it holds")
     if out.is_file(): raise UsageError(f"{out} is a file; --out is a folder")
 
-# %% ../nbs/11_cli.ipynb #610ad47d
+# %% ../nbs/11_cli.ipynb #afddb2e1
 def _write(folder: Path, name: str, r: dict):
     "Write a report as JSON, whole or not at all."
     with written(folder / name) as part: part.write_text(json.dumps(r, indent=1) + "\n")
@@ -98,6 +97,7 @@ def _picture(folder: Path, curve: list[dict], r: dict):
     "Write the training curve with the four models beside it."
     import matplotlib; matplotlib.use("agg")
     import pandas as pd
+    from sae_lora.plots import curve as plot_curve  # seaborn takes a second that most commands need not wait for
     with written(folder / "curve.png") as part: plot_curve(pd.DataFrame(curve), r["ce"]).figure.savefig(part, format="png")
 
 # %% ../nbs/11_cli.ipynb #1bd9aeb0
