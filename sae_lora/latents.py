@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LIBRARIES', 'Zero', 'loss_recovered', 'explained_variance', 'pooled', 'labelled', 'top_latents', 'probe', 'decoder',
-           'tpp', 'scr', 'absorbed', 'letter_words', 'absorption', 'agreement', 'cards_page', 'promotes',
-           'latent_cards', 'some_latents']
+           'tpp', 'scr', 'absorbed', 'letter_words', 'absorption', 'agreement', 'promotes', 'latent_cards',
+           'some_latents', 'cards_page']
 
 # %% ../nbs/07b_latents.ipynb #6a5c135a
 import re
@@ -267,26 +267,7 @@ def agreement(lm, saes: dict, rows: Tensor, compare=("base", "adapted"), top: in
                           rate_correlation=float(torch.corrcoef(rate[:, alive].double())[0, 1]), top_overlap=float(shared.mean()), latents=int((rate > 0).all(0).sum()))
     return out
 
-# %% ../nbs/07b_latents.ipynb #648e8e8c
-_FILTER = "const q=this.value.toLowerCase();this.parentElement.querySelectorAll('details').forEach(d=>d.hidden=!d.textContent.toLowerCase().includes(q))"
-
-def _shaded(tokens: list[str], activations: list[float], peak: float) -> str:
-    "Tokens as HTML, shaded by activation."
-    shade = lambda t, x: f'<span style="background:rgba(31,119,180,{0.75 * x / peak:.2f})" title="{x:g}">{t}</span>' if x > 0 else t
-    return "".join(shade(escape(t).replace("\n", "⏎"), x) for t, x in zip(tokens, activations))
-
-def cards_page(cards: list[dict], compare=("base", "adapted")) -> str:
-    "What `latent_cards` gave, as HTML with a field that searches it."
-    out, (a, b) = [], compare
-    for c in cards:
-        peak = max((x for p in c["passages"] for x in p[a]), default=1) or 1
-        lines = [f'<p style="margin:0.3em 0">{_shaded(p["tokens"], p[a], peak)}' + (f'<br><small>{escape(b)}: {_shaded(p["tokens"], p[b], peak)}</small>' if p[a] != p[b] else "") + "</p>" for p in c["passages"]]
-        words = lambda kind: " ".join(f"<code>{escape(t)}</code>" for t in c[kind][:6])
-        out.append(f'<details><summary><b>latent {c["latent"]}</b>, layer {c["layer"]}: {words("promotes")}</summary><p>fires at {c["rate"][a]:.2%} of positions in {escape(a)}, {c["rate"][b]:.2%} in {escape(b)}; '
-                   f'{c["top_overlap"]:.0%} of its top passages are shared; promotes {words("promotes")}, suppresses {words("suppresses")}</p>{"".join(lines)}</details>')
-    return f'<div class="latent-cards"><input type="search" placeholder="search the latents" aria-label="search the latents" oninput="{escape(_FILTER)}" style="width:100%;margin-bottom:0.6em">{"".join(out)}</div>'
-
-# %% ../nbs/07b_latents.ipynb #2d081692
+# %% ../nbs/07b_latents.ipynb #a69d83cc
 @torch.no_grad()
 def promotes(lm, tok, sae, latents: list[int], n: int = 8) -> list[dict[str, list[str]]]:
     "For each latent, the `n` tokens whose logits its decoder row raises and lowers most, by way of the final norm's gain and the head alone."
@@ -297,7 +278,7 @@ def promotes(lm, tok, sae, latents: list[int], n: int = 8) -> list[dict[str, lis
     z = z - z.mean(0)
     return [dict(promotes=tok.batch_decode(z[:, i].topk(n).indices[:, None]), suppresses=tok.batch_decode((-z[:, i]).topk(n).indices[:, None])) for i in range(len(latents))]
 
-# %% ../nbs/07b_latents.ipynb #f8d54711
+# %% ../nbs/07b_latents.ipynb #59978a5a
 @torch.no_grad()
 def latent_cards(lm, tok, saes: dict, layer: int, latents: list[int], rows: Tensor, compare=("base", "adapted"), n: int = 5) -> list[dict]:
     """What a page about each latent shows, ready for JSON: `rate` and `top_overlap` in two models, what it `promotes` and `suppresses`, and its `passages`.
@@ -318,7 +299,7 @@ def latent_cards(lm, tok, saes: dict, layer: int, latents: list[int], rows: Tens
                           top_overlap=len(both) / max(len(top[compare[0]]), 1), **by_head, passages=shown))
     return cards
 
-# %% ../nbs/07b_latents.ipynb #fd1c4361
+# %% ../nbs/07b_latents.ipynb #e1fd36de
 @torch.no_grad()
 def some_latents(lm, sae, layer: int, rows: Tensor, n: int, low: float = 0.001, high: float = 0.02, batch: int = 8) -> list[int]:
     "`n` latents that fire at between `low` and `high` of the positions of `rows`, evenly spaced in the order of their rates. Raises `UsageError` where there are fewer."
@@ -331,7 +312,7 @@ def some_latents(lm, sae, layer: int, rows: Tensor, n: int, low: float = 0.001, 
     if len(within) < n: raise UsageError(f"{len(within)} latents fire at between {low:g} and {high:g} of {count} positions; ask for fewer than {n}, or give more rows")
     return [within[(2 * i + 1) * len(within) // (2 * n)] for i in range(n)]
 
-# %% ../nbs/07b_latents.ipynb #46f0778e
+# %% ../nbs/07b_latents.ipynb #08ef2242
 _FILTER = "const q=this.value.toLowerCase();this.parentElement.querySelectorAll('details').forEach(d=>d.hidden=!d.textContent.toLowerCase().includes(q))"
 
 def _shaded(tokens: list[str], activations: list[float], peak: float) -> str:
