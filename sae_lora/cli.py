@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['app', 'Json', 'Seed', 'Model', 'Source', 'Out', 'Tokens', 'SAE_CARD', 'parse_saes', 'parse_layers', 'peak_memory',
-           'report', 'sentence', 'show', 'run_adapt', 'adapt', 'demo', 'passages', 'evaluate', 'measure_sae',
-           'train_sae', 'parse_parameters', 'run', 'build', 'main']
+           'report', 'sentence', 'show', 'held_out', 'run_adapt', 'adapt', 'demo', 'passages', 'evaluate',
+           'measure_sae', 'train_sae', 'parse_parameters', 'run', 'build', 'main']
 
-# %% ../nbs/11_cli.ipynb #248051a7
+# %% ../nbs/11_cli.ipynb #dbe02b93
 import json, resource, sys
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +21,7 @@ from rich.text import Text
 
 from .experiments import build_site, experiments, run_experiment, settings
 from .files import UsageError, written
-from .lm import layers as blocks_of, leads, load_lm
+from .lm import layers as blocks_of, leads, load_lm, shard
 from .lora import add_lora, attach_adapter, save_adapter
 from .metrics import fidelity, sparsity, token_losses
 from .sae import fingerprint, hook_name, load_sae, save_sae, site
@@ -100,48 +100,58 @@ def _picture(folder: Path, curve: list[dict], r: dict):
     from sae_lora.plots import curve as plot_curve  # seaborn takes a second that most commands need not wait for
     with written(folder / "curve.png") as part: plot_curve(pd.DataFrame(curve), r["ce"]).figure.savefig(part, format="png")
 
-# %% ../nbs/11_cli.ipynb #1bd9aeb0
-def run_adapt(out: Path, model="smollm2-135m", sae=("default",), text="default", rank=64, layers="after", tokens=327_680, valid_tokens=16_384, length=256,
-              recipe="fast", keep="special", seed=0, resume=False, **changes) -> tuple:
-    "Splice, adapt, measure and save: the model, its SAEs, the blocks and the report. `changes` (`lr`, `batch`, `keep_unspliced`) replace settings of the recipe."
+# %% ../nbs/11_cli.ipynb #541ea4d0
+def held_out(text: str | None, trained_on: str, tok, length: int, tokens: int):
+    "Rows to measure an adapter on, as `Blocks`: held-out documents where it was trained on the text's other documents, else all of them."
+    text = text or ("default" if trained_on == "broad" else trained_on)
+    return token_blocks(text, tok, length, 0, tokens, share=0.05 if text in ("default", "broad", "docs", "prose", trained_on) else 1.0)
+
+# %% ../nbs/11_cli.ipynb #fabe2fe0
+def run_adapt(out: Path, model="smollm2-135m", sae=("default",), text="broad", rank=64, layers="after", tokens=393_216, valid_tokens=16_384, length=256,
+              recipe="fast", keep="special", seed=0, resume=False, cut=0.8, valid_text=None, spread=False, **changes) -> tuple:
+    "Splice, adapt, measure and save: the model, its SAEs, the blocks measured on and the report. `cut` is that of `token_blocks`; with `spread` the processes share the model (`shard`); `changes` (`lr`, `batch`, `keep_unspliced`) replace settings of the recipe."
     out, changes = Path(out), {k: v for k, v in changes.items() if v is not None}
     _folder(out, resume)
-    lm, tok = load_lm(model)
+    lm, tok = load_lm(model, device="cpu" if spread else None)
+    if spread: shard(lm)
     saes = check_saes(lm, parse_saes(sae))
-    blocks = token_blocks(text, tok, length, max(tokens, length), valid_tokens)
+    rows, blocks = token_blocks(text, tok, length, max(tokens, length), 0, cut=cut).train, held_out(valid_text, text, tok, length, valid_tokens)
     check_fit(lm, saes, model_inputs(blocks.valid[:4]))
     adapter = dict(rank=rank, layers=parse_layers(layers) if isinstance(layers, str) else layers, seed=seed, **ADAPTER[recipe if recipe in ADAPTER else "fast"])
     add_lora(lm, saes, **adapter)
-    curve = fit_lora(lm, saes, blocks.train, tokens, recipe, seed=seed, keep=keep, checkpoint=out / "state.safetensors", **changes)
-    if not leads(): raise SystemExit  # the first process measures and writes
-    r = report(lm, saes, blocks, keep, tokens=curve[-1]["tokens"], seed=seed, recipe=recipe, rank=rank, layers=str(layers), changes=changes, train_seconds=curve[-1]["seconds"], tokens_per_second=curve[-1]["tokens"] / curve[-1]["seconds"])
+    curve = fit_lora(lm, saes, rows, tokens, recipe, seed=seed, keep=keep, checkpoint=out / "state.safetensors", **changes)
+    if not leads() and not spread: raise SystemExit  # the first process measures and writes
+    r = report(lm, saes, blocks, keep, trained_on=text, cut=cut, tokens=curve[-1]["tokens"], seed=seed, recipe=recipe, rank=rank, layers=str(layers), changes=changes, train_seconds=curve[-1]["seconds"], tokens_per_second=curve[-1]["tokens"] / curve[-1]["seconds"])
+    if not leads(): raise SystemExit
     save_adapter(lm, saes, out / "adapter", keep, r)
     _picture(out, curve, r)
     _write(out, "report.json", r)
     (out / "state.safetensors").unlink()
     return lm, tok, saes, blocks, r
 
-# %% ../nbs/11_cli.ipynb #54388488
+# %% ../nbs/11_cli.ipynb #66e99dc4
 app = typer.Typer(help="Fine-tune a language model around its sparse autoencoder with LoRA.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the report as JSON, and nothing else, on standard output.")]
 Seed = Annotated[int, typer.Option(help="Seed of the adapter's initial weights, the order of the text, and dropout.")]
 Model = Annotated[str, typer.Option(help="smollm2-135m (needs no hub), a hub id, a model folder, or a .gguf file.")]
-Source = Annotated[str, typer.Option(help="default, docs, prose, a .txt/.jsonl/.csv/.parquet file, a folder of them, or a hub dataset id[:config]:split.")]
+Source = Annotated[str, typer.Option(help="default, broad, docs, prose, a .txt/.jsonl/.csv/.parquet file, a folder of them, or a hub dataset id[:config]:split.")]
 Out = Annotated[Path, typer.Option(help="Folder to write to.")]
 Tokens = Annotated[int, typer.Option(min=1, help="Training budget in tokens.")]
 
 def _say(r: dict, as_json: bool, console: Console | None = None):
     print(json.dumps(r, indent=1)) if as_json else show(r, console or Console())
 
-# %% ../nbs/11_cli.ipynb #93bb5dad
+# %% ../nbs/11_cli.ipynb #1545ad57
 @app.command()
 def adapt(out: Out, model: Model = "smollm2-135m",
           sae: Annotated[list[str], typer.Option(help="[LAYER=]SPEC: default, a SAELens or Gemma Scope folder, or release:id of the SAELens registry. Repeatable.")] = ["default"],
-          text: Source = "default",
+          text: Source = "broad",
+          valid_text: Annotated[Optional[str], typer.Option(help="Text to measure on, if not the held-out documents of --text (of default, where that is broad).")] = None,
+          cut: Annotated[float, typer.Option(min=0, max=1, help="Share of the training documents that are cut into short passages, so that the adapter also helps on short texts.")] = 0.8,
           rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = 64,
           layers: Annotated[str, typer.Option(help="Which layers get an adapter: after (the first SAE), all, or numbers such as 15,16 or 15-20.")] = "after",
-          tokens: Tokens = 327_680,
+          tokens: Tokens = 393_216,
           lr: Annotated[Optional[float], typer.Option(help="Learning rate, in place of the recipe's.")] = None,
           batch: Annotated[Optional[int], typer.Option(help="Rows a step, in place of the recipe's.")] = None,
           length: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 256,
@@ -149,20 +159,21 @@ def adapt(out: Out, model: Model = "smollm2-135m",
           keep: Annotated[str, typer.Option(help="Positions the SAE is kept from: special (first position, special tokens), or none.")] = "special",
           keep_unspliced: Annotated[float, typer.Option(min=0, help="Weight of a penalty on what the adapter does to the model while the SAE is out; 1 holds it close to the base model.")] = 0.0,
           valid_tokens: Annotated[int, typer.Option(min=2, help="Held-out tokens to measure on.")] = 16_384,
+          shard: Annotated[bool, typer.Option(help="Spread a model that is too large for one device over the processes of torchrun or accelerate launch.")] = False,
           resume: Annotated[bool, typer.Option(help="Go on with the stopped run in --out.")] = False, seed: Seed = 0, as_json: Json = False):
     "Splice SAEs into a model, train a LoRA adapter around them, measure the four models, and save the adapter."
-    *_, r = run_adapt(out, model, sae, text, rank, layers, tokens, valid_tokens, length, recipe, keep, seed, resume, lr=lr, batch=batch, keep_unspliced=keep_unspliced or None)
+    *_, r = run_adapt(out, model, sae, text, rank, layers, tokens, valid_tokens, length, recipe, keep, seed, resume, cut, valid_text, shard, lr=lr, batch=batch, keep_unspliced=keep_unspliced or None)
     _say(r, as_json)
 
-# %% ../nbs/11_cli.ipynb #380d5670
+# %% ../nbs/11_cli.ipynb #18935a55
 @app.command()
-def demo(out: Out = Path("sae-lora-demo"), tokens: Tokens = 327_680, seed: Seed = 0, as_json: Json = False):
-    "The whole method on a real model, with nothing to fetch by hand: SmolLM2-135M, the SAE that comes with this package, about eight minutes on two cores."
+def demo(out: Out = Path("sae-lora-demo"), tokens: Tokens = 393_216, seed: Seed = 0, as_json: Json = False):
+    "The whole method on a real model, with nothing to fetch by hand: SmolLM2-135M, the SAE that comes with this package, about nine minutes on two cores."
     lm, tok, saes, blocks, r = run_adapt(out, tokens=tokens, seed=seed)
     _say(r, as_json)
     if not as_json: passages(lm, tok, saes, blocks.valid[:24], Console())
 
-# %% ../nbs/11_cli.ipynb #04b362c0
+# %% ../nbs/11_cli.ipynb #dd16e112
 def passages(lm, tok, saes: dict, rows: torch.Tensor, console: Console, n: int = 3, width: int = 48):
     "Print the stretches of `rows` whose loss the adapter changed most: green where it fell, red where it rose, and the tokens that changed most."
     ce = token_losses(lm, saes, rows)["ce"]
@@ -176,7 +187,7 @@ def passages(lm, tok, saes: dict, rows: torch.Tensor, console: Console, n: int =
         most = g.topk(3).indices.tolist()
         console.print("   loss, spliced → adapted: " + ", ".join(f"{tok.decode(ids[i])!r} {ce['spliced'][row, start + i]:.1f} → {ce['adapted'][row, start + i]:.1f}" for i in most), highlight=False)
 
-# %% ../nbs/11_cli.ipynb #c92c64b2
+# %% ../nbs/11_cli.ipynb #76f9b289
 @app.command()
 def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or demo wrote.")], text: Source = "default",
              valid_tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure on.")] = 16_384,
@@ -186,13 +197,13 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or
     was = json.loads((folder / "report.json").read_text())
     lm, tok = load_lm(was["model"])
     saes = attach_adapter(lm, folder / "adapter")
-    blocks = token_blocks(text, tok, was["length"], 0, valid_tokens, share=0.05 if text in ("default", "docs", "prose", was["text"]) else 1.0)
-    r = report(lm, saes, blocks, was["keep"], **{k: was.get(k) for k in ("tokens", "seed", "recipe", "rank", "layers", "changes", "train_seconds", "tokens_per_second")})
+    blocks = held_out(text, was.get("trained_on", was["text"]), tok, was["length"], valid_tokens)
+    r = report(lm, saes, blocks, was["keep"], **{k: was.get(k) for k in ("trained_on", "cut", "tokens", "seed", "recipe", "rank", "layers", "changes", "train_seconds", "tokens_per_second")})
     out = out or folder / f"evaluate-{Path(text).stem}.json"
     _write(out.parent, out.name, r)
     _say(r, as_json)
 
-# %% ../nbs/11_cli.ipynb #198d035e
+# %% ../nbs/11_cli.ipynb #faf998e3
 SAE_CARD = """---
 library_name: saelens
 ---
@@ -212,13 +223,13 @@ On {valid_tokens:,} held-out tokens of `{text}` text: L0 {l0:.1f}, FVU {fvu:.4f}
     sae = SAE.load_from_disk("this/folder")
 """
 
-# %% ../nbs/11_cli.ipynb #1ad06ce4
+# %% ../nbs/11_cli.ipynb #0750d006
 def measure_sae(lm, sae, layer: int, rows: torch.Tensor) -> dict:
     "L0, FVU and dead latents on all `rows`, and the loss of base and spliced model on the first eighth of them."
     own = sparsity(lm, sae, layer, rows)
     return fidelity(lm, {layer: sae}, rows[:max(len(rows) // 8, 1)]) | own | dict(valid_tokens=rows.numel())
 
-# %% ../nbs/11_cli.ipynb #aa0af8a1
+# %% ../nbs/11_cli.ipynb #8a57a51b
 @app.command(name="train-sae")
 def train_sae(out: Out, model: Model = "smollm2-135m", text: Source = "default",
               layer: Annotated[int, typer.Option(help="Layer whose output it reconstructs.")] = 14,
@@ -242,7 +253,7 @@ def train_sae(out: Out, model: Model = "smollm2-135m", text: Source = "default",
     _write(out, "report.json", r)
     print(json.dumps(r, indent=1) if as_json else (out / "README.md").read_text().split("---\n")[-1])
 
-# %% ../nbs/11_cli.ipynb #c2fdd926
+# %% ../nbs/11_cli.ipynb #df581453
 def parse_parameters(given: list[str]) -> dict:
     "Parameters from `-p NAME VALUE -p NAME VALUE …`."
     from yaml import safe_load
@@ -251,7 +262,7 @@ def parse_parameters(given: list[str]) -> dict:
     if wrong: raise UsageError(f"{wrong[0]!r}; give parameters as -p NAME VALUE, and options before them")
     return {name: safe_load(value) for _, name, value in groups}
 
-# %% ../nbs/11_cli.ipynb #87bde438
+# %% ../nbs/11_cli.ipynb #4f6209d0
 @app.command(context_settings=dict(allow_extra_args=True, ignore_unknown_options=True))
 def run(context: typer.Context, name: Annotated[Optional[str], typer.Argument(help="An experiment, for example 02_sparsity; parameters follow as -p NAME VALUE.")] = None,
         size: Annotated[str, typer.Option(help="smoke, laptop, gpu or paper: which file of parameters.")] = "laptop",
@@ -265,14 +276,14 @@ def run(context: typer.Context, name: Annotated[Optional[str], typer.Argument(he
     if every and not draw: print(f"{len(names)} experiments, size {size}: about {minutes / 60:.1f} hours where no row exists yet", file=sys.stderr)
     for n in names: print(run_experiment(n, size, draw, **given))
 
-# %% ../nbs/11_cli.ipynb #cb3784aa
+# %% ../nbs/11_cli.ipynb #24f7f665
 @app.command(name="site")
 def build(out: Annotated[Path, typer.Option(help="Folder to build in.")] = Path("_site"),
           serve: Annotated[bool, typer.Option("--serve", help="Show it at http://localhost:4200 until stopped.")] = False):
     "Build the book as a web site, from rows and outputs that exist; Quarto renders it where it is installed, else smalldocs."
     print(build_site(out, serve))
 
-# %% ../nbs/11_cli.ipynb #fba01daa
+# %% ../nbs/11_cli.ipynb #c9fffef5
 def main():
     "The `sae-lora` command: a user's mistake is one line and exit code 2."
     try: app()

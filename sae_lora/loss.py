@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['losses', 'kl_loss', 'can_compile', 'compiled', 'keep_memory', 'bf16_pays', 'arithmetic', 'frozen_in_bf16']
 
-# %% ../nbs/05_loss.ipynb #fab7dfc5
+# %% ../nbs/05_loss.ipynb #67c181bc
 import ctypes, platform, time
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -13,7 +13,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from .lm import Head, layers
+from .lm import Head, layers, sharded
 
 # %% ../nbs/05_loss.ipynb #26708a29
 def losses(W: Head, h: dict[str, Tensor], targets: Tensor, teacher: str = "base", chunk: int = 256) -> dict[str, dict[str, Tensor]]:
@@ -125,11 +125,11 @@ def arithmetic(device, precision: str = "auto"):
     fast = precision == "bf16" or precision == "auto" and bf16_pays(torch.device(device).type)
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=fast)
 
-# %% ../nbs/05_loss.ipynb #84818ae6
+# %% ../nbs/05_loss.ipynb #23175ee7
 @contextmanager
 def frozen_in_bf16(lm, on: bool):
     "While inside, and `on`, the frozen linears of the decoder blocks hold bfloat16 weights."
-    held = [(m, m.weight.data) for m in layers(lm).modules() if on and isinstance(m, nn.Linear) and not m.weight.requires_grad and m.weight.dtype == torch.float32]
+    held = [(m, m.weight.data) for m in layers(lm).modules() if on and not sharded(lm) and isinstance(m, nn.Linear) and not m.weight.requires_grad and m.weight.dtype == torch.float32]
     try:
         for m, w in held: m.weight.data = w.bfloat16()
         yield

@@ -7,7 +7,7 @@ __all__ = ['RECIPES', 'LONG', 'ADAPTER', 'distill_each', 'distill', 'distill_pub
            'restore', 'fit_lora', 'fit_loras', 'finetune_sae', 'fit_both', 'LinearAdapter', 'fit_linear', 'harvest',
            'new_sae', 'unscaled', 'fit_sae', 'fit_e2e']
 
-# %% ../nbs/06_train.ipynb #a8712090
+# %% ../nbs/06_train.ipynb #9156d964
 import hashlib, json, math, os, time
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .files import UsageError, cache_path, written
-from .lm import Head, head, hidden, layers, leads, processes, resume
+from .lm import Head, head, hidden, layers, leads, processes, resume, sharded
 from .loss import arithmetic, can_compile, compiled, frozen_in_bf16, keep_memory, kl_loss
 from .lora import lora_parameters, only, without_lora
 from .metrics import shared_layer
@@ -182,7 +182,7 @@ def _published_conditions(lm):
         for m in drops: m.eval()
         lm.set_attn_implementation(attention)
 
-# %% ../nbs/06_train.ipynb #3d8f1b2f
+# %% ../nbs/06_train.ipynb #7f9e89c5
 def _fit_kl(lm, students: dict, groups: list[dict], rows: Tensor, tokens: int, recipe: str, *, seed=0, keep="special", keep_unspliced=0.0, precision="auto", fuse="auto", checkpoint=None, measure=None, callback=None, **changes) -> list[list[dict]]:
     "The loop on the KL objective: of each student, whatever is in its place of `groups` gets the gradient."
     settings, published, W = _recipe(recipe, changes), recipe == "published", head(lm)
@@ -201,7 +201,7 @@ def _fit_kl(lm, students: dict, groups: list[dict], rows: Tensor, tokens: int, r
     def measured():
         with fast: return measure()  # the frozen weights are in bfloat16 meanwhile
     torch.manual_seed(seed)
-    fuse = not published and (fuse is True or fuse == "auto" and tokens >= LONG and can_compile(device.type))
+    fuse = not published and (fuse is True or fuse == "auto" and tokens >= LONG and not sharded(lm) and can_compile(device.type))
     with _published_conditions(lm) if published else frozen_in_bf16(lm, fast._enabled), compiled(lm, fuse):
         return loop(losses_of, groups, tokens // step_tokens, step_tokens, run=run, checkpoint=checkpoint, measure=measure and measured, callback=callback, **settings)
 

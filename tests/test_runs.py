@@ -37,6 +37,15 @@ def test_report_and_files(unbroken):
     assert {"adapter_config.json", "adapter_model.safetensors", "sae_lora.json", "README.md"} <= {p.name for p in (out / "adapter").iterdir()}
 
 
+@pytest.mark.parametrize("options", [[], ["--shard"]])
+def test_two_processes_share_the_command(unbroken, tmp_path, options):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--no_python", *command("adapt", "--out", tmp_path / "run", *SMALL, *options)]
+    done = subprocess.run(launch, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    for model, value in unbroken[1]["ce"].items(): assert abs(report["ce"][model] - value) < 0.005
+
+
 def test_evaluate_measures_the_same(unbroken):
     out, report = unbroken
     again = run("evaluate", out, "--valid-tokens", 2048)

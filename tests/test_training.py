@@ -105,27 +105,32 @@ import json, sys
 sys.path.insert(0, {tests!r})
 from conftest import random_sae, tiny
 from test_training import ROWS
-from sae_lora.lm import leads
+from sae_lora.lm import layers, leads, processes, shard
 from sae_lora.lora import add_lora, lora_parameters, without_lora
 from sae_lora.train import fit_lora
 rows = ROWS.clone()
 if {padded}: rows[::3, 9:] = -1
 lm, saes = tiny("llama"), {{1: random_sae()}}
+whole = sum(p.numel() for p in layers(lm).parameters())
+if {spread}:
+    shard(lm)
+    assert sum(p.to_local().numel() for p in layers(lm).parameters()) < 0.6 * whole
 add_lora(lm, saes, rank=2)
 curve = fit_lora(lm, saes, rows, tokens=16 * 16, batch=4, precision="fp32")
-if leads(): print(json.dumps([[r["loss"] for r in curve], {{n: p.tolist() for n, p in lora_parameters(lm).items() if "lora_B" in n}}]))
+if leads(): print(json.dumps([processes().num_processes if processes() else 1, [r["loss"] for r in curve], {{n: p.tolist() for n, p in lora_parameters(lm).items() if "lora_B" in n}}]))
 """
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_two_processes_train_as_one(tmp_path, padded):
+@pytest.mark.parametrize(("padded", "spread"), [(False, False), (True, False), (False, True)])
+def test_two_processes_train_as_one(tmp_path, padded, spread):
     script = tmp_path / "train.py"
-    script.write_text(TWO.format(tests=str(Path(__file__).parent), padded=padded))
     def losses_of(*launcher):
+        script.write_text(TWO.format(tests=str(Path(__file__).parent), padded=padded, spread=spread and bool(launcher)))
         done = subprocess.run([sys.executable, *launcher, str(script)], capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-2000:]
         return json.loads(done.stdout.strip().splitlines()[-1])
-    (one, adapter), (two, twin) = losses_of(), losses_of("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    (n, one, adapter), (m, two, twin) = losses_of(), losses_of("-m", "torch.distributed.run", "--nproc_per_node", "2")
+    assert (n, m) == (1, 2)
     torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=0, atol=1e-5)
     for n, p in adapter.items(): torch.testing.assert_close(torch.tensor(p), torch.tensor(twin[n]), rtol=1e-3, atol=1e-4)
 
