@@ -199,7 +199,8 @@ def _pad(ids: list[list[int]], length: int, sep: int) -> Tensor:
 
 # %% ../nbs/00_text.ipynb #f93ca115
 def passages(document: str, low: int = 120, high: int = 400) -> list[str]:
-    "A document cut at the ends of sentences and lines into passages that are at least as long as a length drawn, for each, between `low` and `high` characters; a remainder that is shorter is left out."
+    "A document cut at the ends of sentences and lines into passages that are at least as long as a length drawn, for each, between `low` and `high` characters; a remainder that is shorter is left out. One shorter than `low` stays whole."
+    if len(document) < low: return [document]
     out, held, draw = [], "", random.Random(document)
     limit = draw.randint(low, high)
     for part in re.split(r"(?<=[.!?])\s+|\n+", document):
