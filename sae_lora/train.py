@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RECIPES', 'LONG', 'ADAPTER', 'distill_each', 'distill', 'distill_published', 'order', 'schedule', 'loop', 'save',
-           'restore', 'fit_lora', 'fit_loras', 'finetune_sae', 'fit_both', 'LinearAdapter', 'fit_linear', 'harvest',
-           'new_sae', 'unscaled', 'fit_sae', 'fit_e2e']
+           'restore', 'known_states', 'fit_lora', 'fit_loras', 'finetune_sae', 'fit_both', 'LinearAdapter',
+           'fit_linear', 'harvest', 'new_sae', 'unscaled', 'fit_sae', 'fit_e2e']
 
-# %% ../nbs/06_train.ipynb #9156d964
+# %% ../nbs/06_train.ipynb #c4e7d967
 import hashlib, json, math, os, time
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .files import UsageError, cache_path, written
-from .lm import Head, head, hidden, layers, leads, processes, resume, sharded
-from .loss import arithmetic, can_compile, compiled, frozen_in_bf16, keep_memory, kl_loss
+from .lm import Head, head, hidden, layers, leads, processes, resume, sharded, stack
+from .loss import arithmetic, attention, can_compile, compiled, keep_memory, kl_loss, prepared
 from .lora import lora_parameters, only, without_lora
 from .metrics import shared_layer
 from .sae import fingerprint, reconstruct
@@ -35,17 +35,17 @@ def _weight(real: Tensor) -> float | Tensor:
     from accelerate.utils import reduce
     return real.sum() / reduce(real.sum().float(), "mean")
 
-# %% ../nbs/06_train.ipynb #c73246e7
-def distill_each(lm, students: dict, W: Head, batch: dict, keep: str = "special", keep_unspliced: float = 0.0):
+# %% ../nbs/06_train.ipynb #3337132e
+def distill_each(lm, students: dict, W: Head, batch: dict, keep: str = "special", keep_unspliced: float = 0.0, known=None):
     """Mean KL per position from *base* to each of several students on one batch, one after the other, with gradient to whatever in adapter or SAEs wants it.
 
     `students` maps the name of an adapter (`None`: the active one) to the SAEs that go in with it. Prefix and teacher run once for all.
-    With `keep_unspliced` λ > 0, λ times the KL per position from *base* to *adapted, unspliced* is added."""
+    With `keep_unspliced` λ > 0, λ times the KL per position from *base* to *adapted, unspliced* is added. `known` is what `known_states` kept of this batch, where it did."""
     start = min(shared_layer(lm, saes) for saes in students.values())
-    with torch.no_grad(): prefix = hidden(lm, batch, start)
+    with torch.no_grad(): prefix = hidden(lm, batch, start) if known is None else known[0]
     real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"], dtype=torch.bool)
     with resume(lm, start, prefix):
-        with torch.no_grad(), without_lora(lm): teacher = hidden(lm, batch, "final")[real]
+        with torch.no_grad(), without_lora(lm): teacher = (hidden(lm, batch, "final") if known is None else known[1])[real]
         for adapter, saes in students.items():
             with only(lm, adapter):
                 with splice(lm, saes, keep): student = hidden(lm, batch, "final")
@@ -160,7 +160,7 @@ RECIPES = {
     "fast": dict(batch=2, lr=1e-3, warmup=0.05, decay="linear", clip=1.0, weight_decay=0.0, betas=(0.9, 0.99)),
     "published": dict(batch=1, lr=5e-5, warmup=0.0, decay="constant", clip=1.0, weight_decay=0.01, betas=(0.9, 0.999)),
 }
-LONG = 2**17  # from this many tokens on, making fused kernels takes less time than they save
+LONG = 2**16  # from this many tokens on, making fused kernels for the first time takes no longer than they save
 ADAPTER = {"fast": dict(), "published": dict(alpha=32, lora_dropout=0.1)}  # what each recipe asks of `add_lora`
 
 # %% ../nbs/06_train.ipynb #3b91dfc4
@@ -173,17 +173,53 @@ def _recipe(name: str, changes: dict) -> dict:
 @contextmanager
 def _published_conditions(lm):
     "Eager attention and live adapter dropout, as the published loop had them; afterwards as before."
-    attention, drops = lm.config._attn_implementation, [m for n, m in lm.named_modules() if n.endswith("lora_dropout")]
-    lm.set_attn_implementation("eager")
+    drops = [m for n, m in lm.named_modules() if n.endswith("lora_dropout")]
     try:
         for m in drops: m.train()
-        yield
+        with attention(lm, "eager"): yield
     finally:
         for m in drops: m.eval()
-        lm.set_attn_implementation(attention)
 
-# %% ../nbs/06_train.ipynb #7f9e89c5
-def _fit_kl(lm, students: dict, groups: list[dict], rows: Tensor, tokens: int, recipe: str, *, seed=0, keep="special", keep_unspliced=0.0, precision="auto", fuse="auto", checkpoint=None, measure=None, callback=None, **changes) -> list[list[dict]]:
+# %% ../nbs/06_train.ipynb #a44bb83e
+def _states_path(lm, rows: Tensor, layer, *what) -> Path:
+    "The cache file of hidden states at `layer` or `\"final\"`: named by the weights up to there, adapters apart, the rows, and `what` else tells them apart."
+    digest = hashlib.sha256(repr((layer, *what)).encode() + rows.numpy().tobytes())
+    for part in [stack(lm)] if layer == "final" else [lm.get_input_embeddings(), *layers(lm)[:layer + 1]]:
+        for name, value in part.state_dict().items():
+            if "lora_" not in name: digest.update(name.replace(".base_layer", "").encode() + value.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+    return cache_path("states", f"{digest.hexdigest()[:16]}.{'bf16' if layer != 'final' else 'both'}")
+
+def _gathered(chunks, size: int, dtype: torch.dtype, path: Path | None) -> Tensor:
+    "What the iterator `chunks` gives, flat, at most `size` numbers; with a path memory-mapped from there, and computed only where the file is not there yet."
+    mapped = lambda path, size: torch.from_file(str(path), shared=True, size=size, dtype=dtype)
+    if path and path.exists(): return mapped(path, path.stat().st_size // dtype.itemsize)
+    keep_memory()
+    with written(path) if path else nullcontext() as part:
+        n, out = 0, mapped(part, size) if path else torch.empty(size, dtype=dtype)
+        for x in chunks:
+            out[n:n + x.numel()] = x.flatten()
+            n += x.numel()
+        if path: os.truncate(part, n * dtype.itemsize)
+    return mapped(path, n) if path else out[:n]
+
+# %% ../nbs/06_train.ipynb #5572be7f
+@torch.no_grad()
+def known_states(lm, rows: Tensor, layer: int, fast, batch: int = 8) -> Tensor:
+    "Hidden states of *base* at `layer` and before the head, `(rows, 2, positions, width)`, computed in the context `fast` and memory-mapped from a file in the cache."
+    W, embed = head(lm).weight, lm.get_input_embeddings().weight
+    path = _states_path(lm, rows, "final", layer, fast._enabled)
+    def chunks():
+        for some in tqdm(rows.split(batch), desc=f"prefix to layer {layer}, and teacher", leave=False):
+            with fast, without_lora(lm):
+                inputs = model_inputs(some.to(W.device))
+                h = hidden(lm, inputs, layer)
+                with resume(lm, layer, h): yield torch.stack([h, hidden(lm, inputs, "final")], 1)
+    with prepared(lm, fast, rows.shape[-1]): out = _gathered(chunks(), 2 * rows.numel() * embed.shape[1], embed.dtype, path)
+    hidden(lm, model_inputs(rows[:1, :2].to(W.device)), layer)  # `resume` has to have seen a block's output
+    return out.view(len(rows), 2, rows.shape[-1], -1)
+
+# %% ../nbs/06_train.ipynb #32ad2c42
+def _fit_kl(lm, students: dict, groups: list[dict], rows: Tensor, tokens: int, recipe: str, *, seed=0, keep="special", keep_unspliced=0.0, precision="auto", fuse="auto", cached=False, checkpoint=None, measure=None, callback=None, **changes) -> list[list[dict]]:
     "The loop on the KL objective: of each student, whatever is in its place of `groups` gets the gradient."
     settings, published, W = _recipe(recipe, changes), recipe == "published", head(lm)
     batch, params = settings.pop("batch"), [n for group in groups for n in group]
@@ -191,31 +227,35 @@ def _fit_kl(lm, students: dict, groups: list[dict], rows: Tensor, tokens: int, r
     if tokens < step_tokens: raise UsageError(f"{tokens} tokens are less than one step of {batch} rows of {rows.shape[-1]}; give at least {step_tokens}")
     if processes() and batch % processes().num_processes: raise UsageError(f"{processes().num_processes} processes cannot share batches of {batch} rows; give a batch they divide")
     if published and keep_unspliced: raise UsageError("the published recipe has no keep_unspliced; leave one of them out")
+    if cached and (published or processes()): raise UsageError("cached=True is for recipe \"fast\" and one process; leave it out")
     run = dict(tokens=tokens, recipe=recipe, seed=seed, keep=keep, keep_unspliced=keep_unspliced, precision=precision, batch=batch, params=sorted(params), trainable=sum(p.numel() for group in groups for p in group.values()),
                saes=[{i: fingerprint(sae) for i, sae in saes.items()} for saes in students.values()], rows=hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16], **settings)
     fast = arithmetic(device, "fp32" if published else precision)
     if fast._enabled: W = W._replace(weight=W.weight.to(torch.bfloat16))
+    used = torch.cat([at(step) for step in range(tokens // step_tokens)]).unique() if cached else None
+    states = known_states(lm, rows[used], min(shared_layer(lm, saes) for saes in students.values()), fast) if cached else None
     def losses_of(step):
-        some = model_inputs(rows[_share(at(step))].to(device))
-        with fast: yield from _published_each(lm, students, W, some, keep) if published else distill_each(lm, students, W, some, keep, keep_unspliced)
+        which = _share(at(step))
+        some, known = model_inputs(rows[which].to(device)), states[torch.searchsorted(used, which)].to(device).unbind(1) if cached else None
+        with fast: yield from _published_each(lm, students, W, some, keep) if published else distill_each(lm, students, W, some, keep, keep_unspliced, known)
     def measured():
         with fast: return measure()  # the frozen weights are in bfloat16 meanwhile
     torch.manual_seed(seed)
-    fuse = not published and (fuse is True or fuse == "auto" and tokens >= LONG and not sharded(lm) and can_compile(device.type))
-    with _published_conditions(lm) if published else frozen_in_bf16(lm, fast._enabled), compiled(lm, fuse):
+    fuse = not published and (fuse is True or fuse == "auto" and tokens * len(students) >= LONG and not sharded(lm) and can_compile(device.type))
+    with _published_conditions(lm) if published else prepared(lm, fast, rows.shape[-1]), compiled(lm, fuse):
         return loop(losses_of, groups, tokens // step_tokens, step_tokens, run=run, checkpoint=checkpoint, measure=measure and measured, callback=callback, **settings)
 
-# %% ../nbs/06_train.ipynb #d7ff5b2d
+# %% ../nbs/06_train.ipynb #80f46ea9
 def fit_lora(lm, saes: dict, rows: Tensor, tokens: int = 65_536, recipe: str = "fast", **options) -> list[dict]:
     """Train the adapter of `lm` so that the model with `saes` in predicts as the model without; the curve.
 
-    `rows` are token rows, `tokens` the budget. `options`, for this and the functions below: `seed`, `keep` (the rule of positions), `keep_unspliced` (λ, see `distill_each`), `precision` (`auto`, `bf16`, `fp32`), `fuse` (`auto`, true, false: see `compiled`),
+    `rows` are token rows, `tokens` the budget. `options`, for this and the functions below: `seed`, `keep` (the rule of positions), `keep_unspliced` (λ, see `distill_each`), `precision` (`auto`, `bf16`, `fp32`), `fuse` (`auto`, true, false: see `compiled`), `cached` (prefix and teacher from disk, where the same rows come again),
     `checkpoint` (a file), `measure` (called in the arithmetic of the training) and `callback` (see `loop`), and any setting of the recipe (`lr`, `batch`, …)."""
     params = {n: p for n, p in lora_parameters(lm).items() if p.requires_grad}
     if not params: raise UsageError("the model has no trainable adapter; add one with add_lora")
     return _fit_kl(lm, {None: check_saes(lm, saes)}, [params], rows, tokens, recipe, **options)[0]
 
-# %% ../nbs/06_train.ipynb #6d16266d
+# %% ../nbs/06_train.ipynb #f5532cfc
 def fit_loras(lm, students: dict[str, dict], rows: Tensor, tokens: int = 65_536, recipe: str = "fast", **options) -> dict[str, list[dict]]:
     "Train several adapters of `lm` in one pass; `students` maps the name of each to its SAEs. Their curves, by name. `options` as for `fit_lora`."
     groups = [lora_parameters(lm, name) for name in students]
@@ -224,14 +264,14 @@ def fit_loras(lm, students: dict[str, dict], rows: Tensor, tokens: int = 65_536,
     students = {name: check_saes(lm, saes) for name, saes in students.items()}
     return dict(zip(students, _fit_kl(lm, students, groups, rows, tokens, recipe, **options)))
 
-# %% ../nbs/06_train.ipynb #234270ca
+# %% ../nbs/06_train.ipynb #22b600a8
 def _trained(sae, names=None) -> dict[str, nn.Parameter]:
     "The parameters of a module, set to receive gradient."
     chosen = {n: p for n, p in sae.named_parameters() if names is None or n in names}
     for p in chosen.values(): p.requires_grad_(True)
     return chosen
 
-# %% ../nbs/06_train.ipynb #c529067a
+# %% ../nbs/06_train.ipynb #c5555d70
 def finetune_sae(lm, saes: dict, rows: Tensor, tokens: int = 65_536, parameters=None, **options) -> list[dict]:
     "Train the SAEs themselves, in place, with the KL objective (Karvonen 2025); `parameters` names those to train (`[\"b_dec\"]`), all by default. The curve."
     saes = check_saes(lm, saes)
@@ -240,7 +280,7 @@ def finetune_sae(lm, saes: dict, rows: Tensor, tokens: int = 65_536, parameters=
     finally:
         for sae in saes.values(): sae.requires_grad_(False)
 
-# %% ../nbs/06_train.ipynb #05146cf0
+# %% ../nbs/06_train.ipynb #e2d86652
 def fit_both(lm, saes: dict, rows: Tensor, tokens: int = 65_536, **options) -> list[dict]:
     "Train the adapter of `lm` and the SAEs, in place, together, the SAEs at a tenth of the learning rate. The curve."
     saes, params = check_saes(lm, saes), {n: p for n, p in lora_parameters(lm).items() if p.requires_grad}
@@ -250,7 +290,7 @@ def fit_both(lm, saes: dict, rows: Tensor, tokens: int = 65_536, **options) -> l
     finally:
         for sae in saes.values(): sae.requires_grad_(False)
 
-# %% ../nbs/06_train.ipynb #686ee58f
+# %% ../nbs/06_train.ipynb #d7e9eb72
 class LinearAdapter(nn.Module):
     "An SAE followed by a low-rank linear map of its reconstruction, `x̂ + B A x̂`; the identity at first."
     def __init__(self, sae, rank: int, seed: int = 0):
@@ -264,41 +304,27 @@ class LinearAdapter(nn.Module):
         y = reconstruct(self.sae, x)
         return y + y @ self.A.T @ self.B.T
 
-# %% ../nbs/06_train.ipynb #f49234ea
+# %% ../nbs/06_train.ipynb #6a1c8d48
 def fit_linear(lm, saes: dict, rows: Tensor, tokens: int = 65_536, rank: int = 64, **options) -> tuple[dict, list[dict]]:
     "Train a linear map of rank `rank` after each SAE with the KL objective: the SAEs with their maps, to be spliced like any others, and the curve."
     adapted = {i: LinearAdapter(sae, rank, options.get("seed", 0)).to(sae.W_dec.device) for i, sae in check_saes(lm, saes).items()}
     params = {f"{i}.{n}": p for i, sae in adapted.items() for n, p in _trained(sae, ("A", "B")).items()}
     return adapted, _fit_kl(lm, {None: adapted}, [params], rows, tokens, "fast", **options)[0]
 
-# %% ../nbs/06_train.ipynb #73a6434b
-def _states_path(lm, rows: Tensor, layer: int, keep: str, fast: bool) -> Path:
-    "The cache file of hidden states: named by the weights up to the layer, the rows, the rule of positions and the arithmetic."
-    digest = hashlib.sha256(repr((layer, keep, fast)).encode() + rows.numpy().tobytes())
-    for part in (lm.get_input_embeddings(), *layers(lm)[:layer + 1]):
-        for name, value in part.state_dict().items(): digest.update(name.encode() + value.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
-    return cache_path("states", f"{digest.hexdigest()[:16]}.bf16")
-
-# %% ../nbs/06_train.ipynb #c52bfd16
+# %% ../nbs/06_train.ipynb #538d64aa
 @torch.no_grad()
 def harvest(lm, rows: Tensor, layer: int, keep: str = "special", batch: int = 8, cached: bool = False) -> Tensor:
     "Hidden states at `layer` that a splice would replace, `(positions, width)`, bfloat16; if `cached`, memory-mapped from a file in the cache, computed once for these weights and rows."
     device, width = next(lm.parameters()).device, lm.config.get_text_config().hidden_size
-    size, context = rows.shape[0] * rows.shape[-1] * width, arithmetic(device)
+    context = arithmetic(device)
     path = _states_path(lm, rows, layer, keep, context._enabled) if cached else None
-    mapped = lambda path, size: torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16)
-    if path and path.exists(): return mapped(path, path.stat().st_size // 2).view(-1, width)
-    keep_memory()
-    with written(path) if path else nullcontext() as part, frozen_in_bf16(lm, context._enabled):
-        n, out = 0, mapped(part, size) if path else torch.empty(size, dtype=torch.bfloat16)
+    def chunks():
         for some in tqdm(rows.split(batch), desc=f"hidden states at layer {layer}", leave=False):
-            with context: x = replaced(lm, model_inputs(some.to(device)), layer, keep).flatten()
-            out[n:n + len(x)] = x
-            n += len(x)
-        if path: os.truncate(part, 2 * n)
-    return (mapped(path, n) if path else out[:n]).view(-1, width)
+            with context: x = replaced(lm, model_inputs(some.to(device)), layer, keep)
+            yield x
+    with prepared(lm, context, rows.shape[-1]): return _gathered(chunks(), rows.numel() * width, torch.bfloat16, path).view(-1, width)
 
-# %% ../nbs/06_train.ipynb #47c12462
+# %% ../nbs/06_train.ipynb #59189a01
 def new_sae(x: Tensor, width: int, k: int, seed: int = 0, **metadata):
     "A fresh TopK training SAE for hidden states like `x`, and the factor that brings them to unit variance per dimension."
     from sae_lens.saes.sae import SAEMetadata
@@ -311,7 +337,7 @@ def new_sae(x: Tensor, width: int, k: int, seed: int = 0, **metadata):
     sae.b_dec.data = x.mean(0) * factor
     return sae, factor
 
-# %% ../nbs/06_train.ipynb #77e5a34b
+# %% ../nbs/06_train.ipynb #dcb39f09
 @torch.no_grad()
 def unscaled(sae, factor: float):
     "The inference SAE of a training SAE that saw hidden states times `factor`: unit decoder rows, activations in the hidden states' own unit."
@@ -321,7 +347,7 @@ def unscaled(sae, factor: float):
     out.load_state_dict(dict(W_enc=sae.W_enc * norm, b_enc=sae.b_enc * norm / factor, W_dec=sae.W_dec / norm[:, None], b_dec=sae.b_dec / factor))
     return out.eval().requires_grad_(False)
 
-# %% ../nbs/06_train.ipynb #0fc49e5b
+# %% ../nbs/06_train.ipynb #2525d3cd
 def fit_sae(x: Tensor, tokens: int, width: int = 4608, k: int = 32, lr: float = 2e-3, batch: int = 1024, seed: int = 0, dead_after: int = 200_000, metadata: dict = {}, **options) -> tuple:
     """Train a TopK SAE to reconstruct hidden states `x` `(positions, width of the model)`: the SAE and the curve, whose `loss` is the FVU plus the auxiliary loss.
 
@@ -340,7 +366,7 @@ def fit_sae(x: Tensor, tokens: int, width: int = 4608, k: int = 32, lr: float = 
     curve, = loop(losses_of, [_trained(sae)], tokens // batch, batch, lr=lr, run=run, state={"silent": silent}, label=f"SAE {width}, k={k}", **options)
     return unscaled(sae, factor), curve
 
-# %% ../nbs/06_train.ipynb #cb6e0a2d
+# %% ../nbs/06_train.ipynb #9b6216d8
 def fit_e2e(lm, layer: int, rows: Tensor, tokens: int, width: int = 4608, k: int = 32, **options) -> tuple:
     "Train a TopK SAE at `layer` from random weights with the KL objective alone: the SAE and the curve."
     sae, factor = new_sae(harvest(lm, rows[:64], layer), width, k, options.get("seed", 0), hook_name=f"blocks.{layer}.hook_resid_post", model_name=lm.name_or_path)

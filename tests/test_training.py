@@ -80,6 +80,24 @@ def test_an_adapter_that_is_not_there_is_named():
     with pytest.raises(UsageError, match="'other'"): fit_loras(lm, {"default": saes, "other": saes}, ROWS)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_prefix_and_teacher_from_the_cache_are_the_computed_ones(architecture, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAE_LORA_CACHE", str(tmp_path))
+    lm, saes, ends = tiny(architecture), {1: random_sae()}, []
+    for cached in (False, True, True):  # the second fills the cache, the third finds it full; two epochs, and two adapters at once
+        for r in (2, 3): add_lora(lm, saes, rank=r, name=f"r{r}")
+        fit_loras(lm, {f"r{r}": saes for r in (2, 3)}, ROWS, **RUN | dict(tokens=2 * ROWS.numel()), cached=cached)
+        ends.append([trained(lm, f"r{r}") for r in (2, 3)])
+        for r in (2, 3): lm.delete_adapter(f"r{r}")
+    assert len([*tmp_path.rglob("*.both")]) == 1
+    for a, b, c in zip(*ends):
+        for n in a:
+            torch.testing.assert_close(a[n], b[n], rtol=1e-3, atol=1e-4)
+            assert torch.equal(b[n], c[n]), n
+    add_lora(lm, saes, rank=2)
+    with pytest.raises(UsageError, match="cached=True"): fit_lora(lm, saes, ROWS, 64, "published", cached=True)
+
+
 @pytest.mark.skipif(not can_compile(), reason="torch.compile does not work here: it needs a C++ compiler")
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 def test_fused_kernels_train_the_same_adapter(architecture):
