@@ -26,8 +26,9 @@ from .lora import add_lora, attach_adapter, save_adapter
 from .metrics import fidelity, sparsity, token_losses
 from .sae import fingerprint, hook_name, load_sae, save_sae, site
 from .splice import check_fit, check_saes
+from .states import harvest
 from .text import model_inputs, token_blocks
-from .train import ADAPTER, fit_lora, fit_sae, harvest
+from .train import ADAPTER, fit_lora, fit_sae
 
 # %% ../nbs/11_cli.ipynb #f7ab3b08
 def parse_saes(specs: list[str]) -> dict:

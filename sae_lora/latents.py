@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from .files import UsageError
 from .lm import head, layers, stack
 from .metrics import bootstrap, four_models, losses
-from .sae import reconstruct
-from .splice import Identity, check_saes, fvu, splice
+from .splice import Identity, check_saes, fvu
 from .tasks import MODELS, as_model, latents_at, models, passages, text_rows
-from .text import corpus, docstrings, model_inputs
+from .text import docstrings, model_inputs
 
 # %% ../nbs/07b_latents.ipynb #17b8e91c
 class Zero(Identity):

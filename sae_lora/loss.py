@@ -46,12 +46,14 @@ class _KL(torch.autograd.Function):
     "Mean KL(p‖q) per position from final hidden states; its gradient is made in the forward pass, chunk by chunk."
 
     @staticmethod
-    def forward(ctx, student: Tensor, teacher: Tensor, W: Head, chunk: int):
+    def forward(ctx, student: Tensor, teacher: Tensor, W: Head, chunk: int, kept: dict | None):
         dtype = torch.get_autocast_dtype(student.device.type) if torch.is_autocast_enabled(student.device.type) else W.weight.dtype
         weight, bias, grad = W.weight.to(dtype), None if W.bias is None else W.bias.to(dtype), torch.empty_like(student)
         loss = student.new_zeros((), dtype=torch.promote_types(student.dtype, torch.float32))
         for i in range(0, len(student), chunk):
-            zp, zq = (nn.functional.linear(x[i:i + chunk].to(dtype), weight, bias) for x in (teacher, student))
+            logits = lambda x: nn.functional.linear(x[i:i + chunk].to(dtype), weight, bias)
+            zp, zq = kept[i] if kept and i in kept else logits(teacher), logits(student)
+            if kept is not None: kept[i] = zp
             fused = _fused["on"] and len(zp) == chunk  # kernels are made for one shape
             few = 16 if zp.device.type == "cpu" and not fused else chunk  # what is not fused should at least stay in the cache
             for j in range(0, len(zp), few):
@@ -62,14 +64,15 @@ class _KL(torch.autograd.Function):
         return loss / len(student)
 
     @staticmethod
-    def backward(ctx, up): return ctx.saved_tensors[0] * up.to(ctx.saved_tensors[0].dtype), None, None, None
+    def backward(ctx, up): return ctx.saved_tensors[0] * up.to(ctx.saved_tensors[0].dtype), None, None, None, None
 
 # %% ../nbs/05_loss.ipynb #ba928334
-def kl_loss(W: Head, student: Tensor, teacher: Tensor, chunk: int = 256) -> Tensor:
+def kl_loss(W: Head, student: Tensor, teacher: Tensor, chunk: int = 256, kept: dict | None = None) -> Tensor:
     """Mean KL(teacher‖student) per position from final hidden states `(positions, width)` through one frozen head.
 
-    The soft-cap and scale of the head are inside. Logits exist for `chunk` positions at a time; gradient reaches `student` alone."""
-    return _KL.apply(student, teacher.detach(), W, chunk)
+    The soft-cap and scale of the head are inside. Logits exist for `chunk` positions at a time; gradient reaches `student` alone.
+    `kept`, an empty dict, takes the teacher's logits, for the next student on the same positions."""
+    return _KL.apply(student, teacher.detach(), W, chunk, kept)
 
 # %% ../nbs/05_loss.ipynb #0845cadf
 _fused = {"on": False}

@@ -11,7 +11,7 @@ from conftest import random_sae, tiny
 
 from sae_lora.files import UsageError
 from sae_lora.lm import Head, head
-from sae_lora.loss import can_compile, compiled, kl_loss, losses
+from sae_lora.loss import attention, can_compile, compiled, kl_loss, losses
 from sae_lora.lora import add_lora, lora_parameters, without_lora
 from sae_lora.metrics import fidelities, fidelity
 from sae_lora.train import distill_each, fit_both, fit_lora, fit_loras
@@ -111,11 +111,26 @@ def test_fused_kernels_train_the_same_adapter(architecture):
     torch.testing.assert_close(torch.tensor(ends[0]), torch.tensor(ends[1]), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_plain_attention_trains_the_same_adapter(architecture, monkeypatch):
+    lm, saes, ends, rows = tiny(architecture), {1: random_sae()}, [], ROWS.clone()
+    rows[::3, 9:] = -1  # padding goes into the mask, which the two build differently
+    for pays in (False, True):
+        monkeypatch.setattr("sae_lora.loss.eager_pays", lambda length, device: pays)
+        seen = []
+        add_lora(lm, saes, rank=2)
+        curve = fit_lora(lm, saes, rows, **RUN | dict(precision="bf16"), callback=lambda row: seen.append(lm.config._attn_implementation))
+        ends.append([row["loss"] for row in curve])
+        lm.delete_adapter("default")
+        assert set(seen) == {"eager" if pays else "sdpa"} and lm.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(torch.tensor(ends[0]), torch.tensor(ends[1]), rtol=2e-2, atol=1e-3)
+
+
 def test_an_error_leaves_the_blocks_as_they_were():
     lm = tiny("llama")
     with pytest.raises(ZeroDivisionError):
-        with compiled(lm): 1 / 0
-    assert all("forward" not in m.__dict__ for m in lm.modules())
+        with compiled(lm), attention(lm, "eager"): 1 / 0
+    assert all("forward" not in m.__dict__ for m in lm.modules()) and lm.config._attn_implementation == "sdpa"
 
 
 TWO = """
