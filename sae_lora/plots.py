@@ -111,13 +111,13 @@ def profile(rows: pd.DataFrame, y: str, label: str, hue: str | None = None, ax=N
 
 # %% ../nbs/09_plots.ipynb #cfc0f526
 def levels(rows: pd.DataFrame, x: str, label: str):
-    "Cross-entropy of *base*, *spliced* and *adapted* against `x`, called `label`; the shaded part is what the adapter wins back, with the percentage beside it."
+    "Cross-entropy of *base*, *spliced* and *adapted* against `x`, called `label`; the shaded part is what the adapter wins back, with the percentage in it."
     style()
     t = rows.groupby(x, as_index=False)[["ce.base", "ce.spliced", "ce.adapted", "gap_closed"]].mean()
     ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")[1]
     for model, marker in zip(("spliced", "adapted", "base"), MARKERS): ax.plot(t[x], t[f"ce.{model}"], marker=marker, color=PALETTE[model], label=model)
     ax.fill_between(t[x], t["ce.adapted"], t["ce.spliced"], color=PALETTE["adapted"], alpha=0.12, lw=0)
-    for at, y, closed in zip(t[x], t["ce.adapted"], t["gap_closed"]): ax.annotate(f"{closed:.0%}", (at, y), xytext=(0, -14), textcoords="offset points", ha="center", fontsize=9, color=PALETTE["adapted"])
+    for at, y, closed in zip(t[x], (t["ce.adapted"] + t["ce.spliced"]) / 2, t["gap_closed"]): ax.annotate(f"{closed:.0%}", (at, y), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9, color=PALETTE["adapted"])
     ax.set(xlabel=label, ylabel="cross-entropy (nats per token)", xticks=t[x])
     ax.margins(y=0.12)
     ax.legend()
@@ -134,6 +134,7 @@ def intervals(rows: pd.DataFrame, y: str, label: str, hue: str, ax=None):
         ax.errorbar(t["value"], at, xerr=(t["value"] - t["low"], t["high"] - t["value"]), fmt=MARKERS[i % len(MARKERS)], color=PALETTE.get(group, other), markersize=6, elinewidth=1.2, capsize=2, label=str(group).replace("_", ", "))
     ax.set_yticks(range(len(names)), names)
     ax.set(xlabel=label, ylim=(len(names) - 0.4, -0.6))
+    ax.locator_params(axis="x", nbins=6)
     ax.grid(axis="y", visible=False)
     if len(groups) > 1: ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax

@@ -100,7 +100,7 @@ def test_the_papers_saes_are_in_the_registry(name):
     "Each `release:id` exists in SAELens, and those that name their hook are at the layer meant."
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
     directory, values = get_pretrained_saes_directory(), ex.settings(name, "paper")[0]
-    specs = [s for s in [*values.get("saes", []), *(m["sae"] for m in values.get("models", [])), values.get("sae")] if isinstance(s, str)]
+    specs = [s for s in [*values.get("saes", []), *(m["sae"] for m in values.get("models", [])), values.get("sae"), values.get("sparse")] if isinstance(s, str)]
     if any("{}" in s for s in specs): specs = [specs[0].format(i) for chosen in values["sets"] for i in chosen]
     for spec in specs:
         release, _, sae_id = spec.partition(":")
