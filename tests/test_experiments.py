@@ -96,6 +96,13 @@ def test_sources_have_no_outputs(root):
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_figures_can_be_read_alone(name, root):
+    "Each cell that draws says what is to be seen, above and in place of the picture."
+    drawing = [c.source for c in nbformat.read(root / "nbs" / "experiments" / f"{name}.ipynb", 4).cells if c.cell_type == "code" and "#| fig-cap: " in c.source]
+    assert drawing and all("#| fig-alt: " in s for s in drawing)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_the_papers_saes_are_in_the_registry(name):
     "Each `release:id` exists in SAELens, and those that name their hook are at the layer meant."
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
