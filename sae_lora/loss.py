@@ -7,7 +7,7 @@ __all__ = ['SHORT', 'losses', 'kl_loss', 'can_compile', 'compiled', 'keep_memory
            'attention', 'prepared']
 
 # %% ../nbs/05_loss.ipynb #67c181bc
-import ctypes, platform, time
+import ctypes, platform
 from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 
