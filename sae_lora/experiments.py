@@ -8,7 +8,7 @@ __all__ = ['WORLD', 'RUN', 'SIZES', 'project', 'rows_path', 'together', 'rows_of
            'run_experiment', 'stage_site', 'build_site']
 
 # %% ../nbs/10_experiments.ipynb #9f2dcb00
-import ast, hashlib, importlib, json, os, shutil, subprocess, sys, tempfile, time
+import ast, hashlib, importlib, json, os, re, shutil, subprocess, sys, tempfile, time
 from contextlib import chdir, contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -226,10 +226,12 @@ def _execute(name: str, values: dict, scratch: Path):
     return _dev("nbformat").read(scratch, 4)
 
 # %% ../nbs/10_experiments.ipynb #ba5d57a8
-def _reference_only(path: Path):
-    "Keep nbdev from running cells that import something and then do more than that: outputs are in the notebook already."
+def _for_nbdev(path: Path):
+    "Keep nbdev from dropping what follows title and claim in a first cell, and from running cells that import something and then do more than that: outputs are in the notebook already."
     nbformat = _dev("nbformat")
     nb = nbformat.read(path, 4)
+    title, said, rest = re.match(r"(# .*?\n\n(?:> .*?(?:\n|$))+)(\s*)(.*)", nb.cells[0].source, re.S).groups()
+    if rest: nb.cells[:1] = [nbformat.v4.new_markdown_cell(title.strip()), nbformat.v4.new_markdown_cell(rest)]
     for c in nb.cells:
         if c.cell_type == "code" and not c.source.startswith("#|") and "import " in c.source: c.source = "#| eval: false\n" + c.source
     nbformat.write(nb, path)
@@ -242,7 +244,7 @@ def stage_site(folder: Path):
     for name in ("settings.ini", "_quarto.yml", "index.qmd", "styles.css"): shutil.copy(root / name, folder / name)
     for done in (folder / "nbs" / "results").glob("*.ipynb"):
         if (folder / "nbs" / "experiments" / done.name).exists(): shutil.copy(done, folder / "nbs" / "experiments" / done.name)
-    for path in (folder / "nbs").glob("*.ipynb"): _reference_only(path)
+    for path in (folder / "nbs").glob("*.ipynb"): _for_nbdev(path)
     with chdir(folder): subprocess.run([sys.executable, "-c", "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs('nbs', n_workers=0)"], check=True)
     shutil.rmtree(folder / "nbs" / "results", ignore_errors=True)
     shutil.copytree(folder / "_proc", folder / "nbs", dirs_exist_ok=True)

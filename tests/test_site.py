@@ -54,6 +54,16 @@ def test_pages_read_well(site):
     assert 'alt="Left:' in (site / "index.html").read_text()
 
 
+def test_chapters_begin_with_all_that_they_say(site, root):
+    "What stands below title and claim in a chapter's first cell is on its page."
+    for path in (root / "nbs").glob("[0-9]*.ipynb"):
+        first = "".join(json.loads(path.read_text())["cells"][0]["source"]).split("\n\n")
+        page = next(p for p in pages(site) if p.stem == path.stem).read_text()
+        for paragraph in first[2:]:
+            words = re.match(r"[\w ,]+", paragraph)
+            if words and len(words[0]) > 12: assert words[0].strip() in page, (path.name, words[0])
+
+
 def test_search_finds_splice(site): assert any("splice" in json.dumps(entry).lower() for entry in json.loads((site / "search.json").read_text()))
 
 
