@@ -244,9 +244,9 @@ def stage_site(folder: Path):
     for name in ("settings.ini", "_quarto.yml", "index.qmd", "styles.css"): shutil.copy(root / name, folder / name)
     for done in (folder / "nbs" / "results").glob("*.ipynb"):
         if (folder / "nbs" / "experiments" / done.name).exists(): shutil.copy(done, folder / "nbs" / "experiments" / done.name)
+    shutil.rmtree(folder / "nbs" / "results", ignore_errors=True)
     for path in (folder / "nbs").glob("*.ipynb"): _for_nbdev(path)
     with chdir(folder): subprocess.run([sys.executable, "-c", "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs('nbs', n_workers=0)"], check=True)
-    shutil.rmtree(folder / "nbs" / "results", ignore_errors=True)
     shutil.copytree(folder / "_proc", folder / "nbs", dirs_exist_ok=True)
 
 # %% ../nbs/10_experiments.ipynb #e3233d61

@@ -33,6 +33,10 @@ def test_every_page_of_the_sidebar_is_built(site, root):
     for name in re.findall(r"- ((?:nbs|pages)/\S+)", (root / "_quarto.yml").read_text()): assert (site / Path(name).with_suffix(".html")).exists(), name
 
 
+def test_every_experiment_is_one_page(site, root):
+    for path in (root / "nbs" / "experiments").glob("*.ipynb"): assert len([p for p in pages(site) if p.stem == path.stem]) == 1, path.stem
+
+
 def test_no_dead_links(site):
     ids = {p: set(re.findall(r'\bid="([^"]+)"', p.read_text())) for p in pages(site)}
     dead = []
@@ -55,10 +59,10 @@ def test_pages_read_well(site):
 
 
 def test_chapters_begin_with_all_that_they_say(site, root):
-    "What stands below title and claim in a chapter's first cell is on its page."
+    "Each is one page, and what stands below title and claim in a chapter's first cell is on it."
     for path in (root / "nbs").glob("[0-9]*.ipynb"):
         first = "".join(json.loads(path.read_text())["cells"][0]["source"]).split("\n\n")
-        page = next(p for p in pages(site) if p.stem == path.stem).read_text()
+        page, = [p.read_text() for p in pages(site) if p.stem == path.stem]
         for paragraph in first[2:]:
             words = re.match(r"[\w ,]+", paragraph)
             if words and len(words[0]) > 12: assert words[0].strip() in page, (path.name, words[0])
