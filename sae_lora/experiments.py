@@ -54,12 +54,13 @@ def rows_of(experiment: str, runs: list[dict], compute, also: tuple = ()) -> pd.
     With `$SAE_LORA_DRAW` set a missing row is a `UsageError`."""
     results = Results(rows_path(experiment))
     kept = lambda: {k: r for e in (*also, experiment) for k, r in Results(rows_path(e)).rows().items()}
-    missing = [p for p in runs if key(p) not in kept()]
+    rows = kept()
+    missing = [p for p in runs if key(p) not in rows]
     if missing and os.environ.get("SAE_LORA_DRAW"): raise UsageError(f"{len(missing)} of {len(runs)} rows of {experiment} are missing; `sae-lora run {experiment}` computes them")
     if missing: print(f"{experiment}: {len(missing)} of {len(runs)} rows to compute", file=sys.stderr)
     for group in together(missing):
         for p, metrics in zip(group, compute(group)): results.add(p, metrics)
-    rows = kept()
+    if missing: rows = kept()
     return pd.json_normalize([p | rows[key(p)]["metrics"] for p in runs])
 
 # %% ../nbs/10_experiments.ipynb #6aedbe27
@@ -230,7 +231,7 @@ def _for_nbdev(path: Path):
     "Keep nbdev from dropping what follows title and claim in a first cell, and from running cells that import something and then do more than that: outputs are in the notebook already."
     nbformat = _dev("nbformat")
     nb = nbformat.read(path, 4)
-    title, said, rest = re.match(r"(# .*?\n\n(?:> .*?(?:\n|$))+)(\s*)(.*)", nb.cells[0].source, re.S).groups()
+    title, rest = re.match(r"(# .*?\n\n(?:> .*?(?:\n|$))+)\s*(.*)", nb.cells[0].source, re.S).groups()
     if rest: nb.cells[:1] = [nbformat.v4.new_markdown_cell(title.strip()), nbformat.v4.new_markdown_cell(rest)]
     for c in nb.cells:
         if c.cell_type == "code" and not c.source.startswith("#|") and "import " in c.source: c.source = "#| eval: false\n" + c.source
