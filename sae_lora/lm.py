@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['WHEEL', 'EMBEDDED', 'quietly', 'processes', 'leads', 'load_lm', 'stack', 'layers', 'shard', 'sharded', 'linears',
-           'hidden', 'resume', 'Head', 'head', 'special_ids']
+           'hidden', 'resume', 'hidden_each', 'Head', 'head', 'special_ids']
 
 # %% ../nbs/01_lm.ipynb #8f34a5a7
 import hashlib, os, subprocess, sys, tempfile, zipfile
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -211,6 +211,13 @@ def resume(lm, layer: int, h: Tensor):
         for b, f in zip(blocks, before):
             if f is None: b.__dict__.pop("forward", None)
             else: b.forward = f
+
+# %% ../nbs/01_lm.ipynb #b0565699
+def hidden_each(lm, batch: dict, at: list):
+    "Hidden states at each of the layers `at`, in ascending order (`\"final\"` last), one after the other: the cost of one pass."
+    for before, layer in zip([None, *at], at):
+        with nullcontext() if before is None else resume(lm, before, h): h = hidden(lm, batch, layer)
+        yield h
 
 # %% ../nbs/01_lm.ipynb #2a9a1410
 class Head(NamedTuple):

@@ -7,7 +7,7 @@ __all__ = ['harvest', 'known_states']
 
 # %% ../nbs/05_states.ipynb #1871a973
 import hashlib, os
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -15,10 +15,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .files import cache_path, written
-from .lm import head, hidden, layers, resume, stack
+from .lm import head, hidden, hidden_each, layers, stack
 from .loss import arithmetic, keep_memory, prepared
 from .lora import without_lora
-from .splice import replaced
+from .splice import replaceable
 from .text import model_inputs
 
 # %% ../nbs/05_states.ipynb #6f9eec72
@@ -31,31 +31,42 @@ def _states_path(lm, rows: Tensor, layer, *what) -> Path:
     return cache_path("states", f"{digest.hexdigest()[:16]}.{'both' if layer == 'final' else 'bf16'}")
 
 # %% ../nbs/05_states.ipynb #0ebeb2c5
-def _gathered(chunks, size: int, dtype: torch.dtype, path: Path | None) -> Tensor:
-    "What the iterator `chunks` gives, flat, at most `size` numbers; with a path memory-mapped from there, and computed only where the file is not there yet."
-    mapped = lambda path, size: torch.from_file(str(path), shared=True, size=size, dtype=dtype)
-    if path and path.exists(): return mapped(path, path.stat().st_size // dtype.itemsize)
+def _mapped(path: Path, dtype: torch.dtype, size: int | None = None) -> Tensor:
+    "The numbers in a file, or room there for `size` of them, through a memory map."
+    return torch.from_file(str(path), shared=True, size=size or path.stat().st_size // dtype.itemsize, dtype=dtype)
+
+def _gathered(chunks, size: int, dtype: torch.dtype, paths: list[Path | None]) -> list[Tensor]:
+    "What the iterator `chunks` gives, of equally many numbers for each of the `paths`, flat, at most `size`: mapped from there, in memory where a path is none."
     keep_memory()
-    with written(path) if path else nullcontext() as part:
-        n, out = 0, mapped(part, size) if path else torch.empty(size, dtype=dtype)
-        for x in chunks:
-            out[n:n + x.numel()] = x.flatten()
-            n += x.numel()
-        if path: os.truncate(part, n * dtype.itemsize)
-    return mapped(path, n) if path else out[:n]
+    with ExitStack() as unfinished:
+        parts = [path and unfinished.enter_context(written(path)) for path in paths]
+        n, out = 0, [_mapped(part, dtype, size) if part else torch.empty(size, dtype=dtype) for part in parts]
+        for xs in chunks:
+            for o, x in zip(out, xs): o[n:n + x.numel()] = x.flatten()
+            n += xs[0].numel()
+        for part in filter(None, parts): os.truncate(part, n * dtype.itemsize)
+    return [_mapped(path, dtype) if path else o[:n] for path, o in zip(paths, out)]
 
 # %% ../nbs/05_states.ipynb #ebea5151
 @torch.no_grad()
-def harvest(lm, rows: Tensor, layer: int, keep: str = "special", batch: int = 8, cached: bool = False) -> Tensor:
-    "Hidden states at `layer` that a splice would replace, `(positions, width)`, bfloat16; if `cached`, memory-mapped from a file in the cache, computed once for these weights and rows."
-    device, width = next(lm.parameters()).device, lm.config.get_text_config().hidden_size
+def harvest(lm, rows: Tensor, layer: int | list[int], keep: str = "special", batch: int = 8, cached: bool = False) -> Tensor | list[Tensor]:
+    """Hidden states at `layer` that a splice would replace, `(positions, width)`, bfloat16; for several layers a list, from one pass.
+
+    If `cached`, they are memory-mapped from a file in the cache for each layer, computed once for these weights and rows."""
+    at, device, width = layer if isinstance(layer, list) else [layer], next(lm.parameters()).device, lm.config.get_text_config().hidden_size
     context = arithmetic(device)
-    path = _states_path(lm, rows, layer, keep, context._enabled) if cached else None
+    paths = {i: _states_path(lm, rows, i, keep, context._enabled) if cached else None for i in at}
+    missing = sorted(i for i, path in paths.items() if not (path and path.exists()))
     def chunks():
-        for some in tqdm(rows.split(batch), desc=f"hidden states at layer {layer}", leave=False):
-            with context: x = replaced(lm, model_inputs(some.to(device)), layer, keep)
-            yield x
-    with prepared(lm, context, rows.shape[-1]): return _gathered(chunks(), rows.numel() * width, torch.bfloat16, path).view(-1, width)
+        for some in tqdm(rows.split(batch), desc=f"hidden states at layer {', '.join(map(str, missing))}", leave=False):
+            inputs = model_inputs(some.to(device))
+            where = replaceable(lm, inputs, keep)
+            with context: found = [h[where] for h in hidden_each(lm, inputs, missing)]
+            yield found
+    with prepared(lm, context, rows.shape[-1]):
+        new = dict(zip(missing, _gathered(chunks(), rows.numel() * width, torch.bfloat16, [paths[i] for i in missing]))) if missing else {}
+    found = [(new[i] if i in new else _mapped(paths[i], torch.bfloat16)).view(-1, width) for i in at]
+    return found if isinstance(layer, list) else found[0]
 
 # %% ../nbs/05_states.ipynb #722dda7d
 @torch.no_grad()
@@ -66,9 +77,8 @@ def known_states(lm, rows: Tensor, layer: int, context, batch: int = 8) -> Tenso
     def chunks():
         for some in tqdm(rows.split(batch), desc=f"prefix to layer {layer}, and teacher", leave=False):
             with context, without_lora(lm):
-                inputs = model_inputs(some.to(W.device))
-                h = hidden(lm, inputs, layer)
-                with resume(lm, layer, h): yield torch.stack([h, hidden(lm, inputs, "final")], 1)
-    with prepared(lm, context, rows.shape[-1]): out = _gathered(chunks(), 2 * rows.numel() * embed.shape[1], embed.dtype, path)
+                yield [torch.stack(list(hidden_each(lm, model_inputs(some.to(W.device)), [layer, "final"])), 1)]
+    if not path.exists():
+        with prepared(lm, context, rows.shape[-1]): _gathered(chunks(), 2 * rows.numel() * embed.shape[1], embed.dtype, [path])
     hidden(lm, model_inputs(rows[:1, :2].to(W.device)), layer)  # `resume` has to have seen a block's output
-    return out.view(len(rows), 2, rows.shape[-1], -1)
+    return _mapped(path, embed.dtype).view(len(rows), 2, rows.shape[-1], -1)
