@@ -10,6 +10,7 @@ __all__ = ['PALETTE', 'MARKERS', 'style', 'curve', 'models', 'gains', 'scaling',
 import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
+from matplotlib.ticker import LogLocator, NullLocator
 
 # %% ../nbs/09_plots.ipynb #0a8d18fb
 PALETTE = {"base": "#222222", "spliced": "#c0392b", "adapted": "#1f77b4", "adapted_unspliced": "#7fb3d5"}
@@ -82,15 +83,19 @@ def scaling(rows: pd.DataFrame, x: str, label: str, paper: pd.DataFrame | None =
     return axes
 
 # %% ../nbs/09_plots.ipynb #78f60b88
-def pareto(rows: pd.DataFrame, x: str, label: str, base: float | None = None, ax=None):
-    "Cross-entropy `ce` against the cost `x`, called `label`: one line for each `run`, one colour for each `method`; `base` is a dashed line."
-    if ax is None: style(); ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")[1]
+def pareto(rows: pd.DataFrame, x: str, label: str, base: float):
+    "What the splice still costs, `ce` − `base` in nats per token, against the cost `x`, called `label`, both logarithmic: one line for each `run`, one colour for each `method`."
+    style()
+    ax = plt.subplots(figsize=(7.5, 4.2), layout="constrained")[1]
     methods = list(dict.fromkeys(rows["method"]))
     for method, colour, marker in zip(methods, sns.color_palette("viridis", len(methods)), MARKERS):
         for i, (_, t) in enumerate(rows[rows["method"] == method].groupby("run", sort=False)):
-            ax.plot(t[x], t["ce"], marker=marker, markersize=5, lw=1.5, color=colour, label=method if i == 0 else None)
-    if base is not None: ax.axhline(base, color=PALETTE["base"], ls="--", lw=1, label="no SAE")
-    ax.set(xscale="log", xlabel=label, ylabel="cross-entropy with the SAE in\n(nats per token)")
+            ax.plot(t[x], t["ce"] - base, marker=marker, markersize=5, lw=1.5, color=colour, label=method if i == 0 else None)
+    ax.set(xscale="log", yscale="log", xlabel=label, ylabel="what the splice costs\n(nats per token)")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:,g}")
+        axis.set_minor_locator(NullLocator())
     ax.legend(fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return ax
 
