@@ -8,7 +8,7 @@ __all__ = ['WORLD', 'RUN', 'SIZES', 'project', 'rows_path', 'together', 'rows_of
            'tidy', 'run_experiment', 'stage_site', 'build_site']
 
 # %% ../nbs/10_experiments.ipynb #9f2dcb00
-import ast, hashlib, importlib, json, os, re, shutil, subprocess, sys, tempfile, time
+import ast, base64, hashlib, importlib, json, os, re, shutil, subprocess, sys, tempfile, time
 from contextlib import chdir, contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -249,6 +249,18 @@ def _for_nbdev(path: Path):
         if c.cell_type == "code" and not c.source.startswith("#|") and "import " in c.source: c.source = "#| eval: false\n" + c.source
     nbformat.write(nb, path)
 
+# %% ../nbs/10_experiments.ipynb #c3ea063f
+def _glance(path: Path, figures: Path) -> str:
+    "An executed experiment in short, as markdown; its figure goes to the folder `figures`."
+    nb = _dev("nbformat").read(path, 4)
+    title, claim = re.match(r"# (.*?)\n\n> (.*?)(?:\n|$)", nb.cells[0].source).groups()
+    drawn, png = next((c.source, o.data["image/png"]) for c in nb.cells for o in c.get("outputs", []) if "image/png" in o.get("data", {}))
+    (figures / f"{path.stem}.png").write_bytes(base64.b64decode(png))
+    caption, alt = ("".join(re.findall(rf'#\| {kind}: "(.*)"', drawn)) for kind in ("fig-cap", "fig-alt"))
+    last = next(i for i, c in enumerate(nb.cells) if c.source.startswith("## What to notice"))
+    found = "".join(o.text for c in nb.cells[last:] for o in c.get("outputs", []) if o.output_type == "stream").strip()
+    return f'\n## [{title}](../nbs/experiments/{path.name})\n\n> {claim}\n\n![{caption}](figures/{path.stem}.png){{fig-alt="{alt}"}}\n\n' + "".join(f"- {line}\n" for line in found.splitlines())
+
 # %% ../nbs/10_experiments.ipynb #bdd3d817
 def stage_site(folder: Path):
     "Copy what the site is made of to `folder` and turn its notebooks into pages."
@@ -257,6 +269,9 @@ def stage_site(folder: Path):
     for name in ("settings.ini", "_quarto.yml", "index.qmd", "styles.css"): shutil.copy(root / name, folder / name)
     for done in (folder / "nbs" / "results").glob("*.ipynb"):
         if (folder / "nbs" / "experiments" / done.name).exists(): shutil.copy(done, folder / "nbs" / "experiments" / done.name)
+    (folder / "pages" / "figures").mkdir()
+    with open(folder / "pages" / "experiments.qmd", "a") as page:
+        page.writelines(_glance(path, folder / "pages" / "figures") for path in sorted((folder / "nbs" / "experiments").glob("*.ipynb")) if (folder / "nbs" / "results" / path.name).exists())
     shutil.rmtree(folder / "nbs" / "results", ignore_errors=True)
     for path in (folder / "nbs").glob("*.ipynb"): _for_nbdev(path)
     with chdir(folder): subprocess.run([sys.executable, "-c", "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs('nbs', n_workers=0)"], check=True)

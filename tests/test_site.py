@@ -37,6 +37,16 @@ def test_every_experiment_is_one_page(site, root):
     for path in (root / "nbs" / "experiments").glob("*.ipynb"): assert len([p for p in pages(site) if p.stem == path.stem]) == 1, path.stem
 
 
+def test_experiments_at_a_glance(site, root):
+    "Every executed experiment is there with its claim, its figure and what it found."
+    page = (site / "pages" / "experiments.html").read_text()
+    for path in (root / "nbs" / "results").glob("*.ipynb"):
+        if not (root / "nbs" / "experiments" / path.name).exists(): continue
+        assert (site / "pages" / "figures" / f"{path.stem}.png").exists() and f"{path.stem}.png" in page and f"{path.stem}.html" in page, path.stem
+        part = page[page.index(f"{path.stem}.html\"", page.index("<main")):]
+        assert "<blockquote" in part and "<li>" in part[:part.find("<h2", 10)], path.stem
+
+
 def test_no_dead_links(site):
     ids = {p: set(re.findall(r'\bid="([^"]+)"', p.read_text())) for p in pages(site)}
     dead = []
