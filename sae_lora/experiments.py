@@ -8,7 +8,7 @@ __all__ = ['WORLD', 'RUN', 'SIZES', 'project', 'rows_path', 'together', 'rows_of
            'tidy', 'run_experiment', 'stage_site', 'build_site']
 
 # %% ../nbs/10_experiments.ipynb #9f2dcb00
-import ast, base64, hashlib, importlib, json, os, re, shutil, subprocess, sys, tempfile, time
+import ast, base64, hashlib, importlib, json, os, re, shutil, subprocess, sys, tempfile
 from contextlib import chdir, contextmanager
 from functools import lru_cache
 from pathlib import Path

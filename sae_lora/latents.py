@@ -21,7 +21,8 @@ from .files import UsageError
 from .lm import head, layers, stack
 from .metrics import bootstrap, four_models, losses
 from .splice import Identity, check_saes, fvu
-from .tasks import MODELS, as_model, latents_at, models, passages, text_rows
+from .steering import latents_at, passages, text_rows
+from .tasks import MODELS, as_model, models
 from .text import docstrings, model_inputs
 
 # %% ../nbs/07b_latents.ipynb #17b8e91c

@@ -215,6 +215,7 @@ def resume(lm, layer: int, h: Tensor):
 # %% ../nbs/01_lm.ipynb #b0565699
 def hidden_each(lm, batch: dict, at: list):
     "Hidden states at each of the layers `at`, in ascending order (`\"final\"` last), one after the other: the cost of one pass."
+    h = None
     for before, layer in zip([None, *at], at):
         with nullcontext() if before is None else resume(lm, before, h): h = hidden(lm, batch, layer)
         yield h

@@ -115,7 +115,7 @@ def test_a_full_disk_under_a_rust_writer(tmp_path):
 
 def test_a_loss_that_is_not_a_number_keeps_the_last_good_state(tmp_path):
     from safetensors.torch import load_file
-    from sae_lora.train import loop
+    from sae_lora.loop import loop
     w, file = torch.nn.Parameter(torch.ones(3)), tmp_path / "state.safetensors"
     with pytest.raises(UsageError, match="nan at step 7.*last good state"):
         loop(lambda step: [(w * (torch.nan if step == 7 else 1)).sum()], [{"w": w}], 20, 1, lr=0.1, points=20, checkpoint=file)

@@ -18,8 +18,8 @@ from sae_lora.lm import hidden, layers, stack
 from sae_lora.lora import add_lora, lora_parameters, without_lora
 from sae_lora.metrics import token_losses
 from sae_lora.splice import Identity, splice
-from sae_lora.tasks import (LOCAL, Steered, as_model, benchmark, benchmark_all, local_tasks, log_likelihoods, models, passages, positives, recovered, scaled_change, steer,
-                            steering_effect, text_rows, tune_alpha)
+from sae_lora.steering import Steered, log_likelihoods, passages, positives, scaled_change, steer, steering_effect, text_rows, tune_alpha
+from sae_lora.tasks import LOCAL, as_model, benchmark, benchmark_all, local_tasks, models, recovered
 
 IDS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
 BATCH = {"input_ids": IDS}
