@@ -62,24 +62,23 @@ def _line(ax, x, table: pd.DataFrame, y: str, colour, marker: str, label: str, l
     ax.errorbar(table[x], table[y], yerr=bars, color=colour, marker=marker, label=label, capsize=2.5, elinewidth=1, linewidth=1.6, markersize=6)
 
 # %% ../nbs/09_plots.ipynb #9a106bce
-def scaling(rows: pd.DataFrame, x: str, label: str, paper: pd.DataFrame | None = None, log: bool = False):
-    """Gain in nats and in percent of the gap against column `x`, called `label`, a line for each rank; bars are 95 % intervals. The two axes.
+def scaling(rows: pd.DataFrame, x: str, label: str, paper: pd.DataFrame | None = None, log: bool = False, by: str = "rank"):
+    """Gain in nats and in percent of the gap against column `x`, called `label`, a line for each value of `by`; bars are 95 % intervals. The two axes.
 
     `paper` has `x`, `rank` and `percent`: its range over ranks becomes a band. `log` makes the x axis logarithmic."""
     style()
     fig, axes = plt.subplots(1, 2, figsize=(9.5, 3.9), layout="constrained")
-    table = gains(rows, [x, "rank"])
-    for (rank, t), colour, marker in zip(table.groupby("rank"), sns.color_palette("flare", table["rank"].nunique()), MARKERS):
-        _line(axes[0], x, t.drop(columns=["low", "high"]), "gain", colour, marker, f"{rank}")
-        _line(axes[1], x, t, "percent", colour, marker, f"{rank}")
+    table = gains(rows, [x, by])
+    for (name, t), colour, marker in zip(table.groupby(by), sns.color_palette("flare", table[by].nunique()), MARKERS):
+        _line(axes[0], x, t.drop(columns=["low", "high"]), "gain", colour, marker, f"{name}")
+        _line(axes[1], x, t, "percent", colour, marker, f"{name}")
     if paper is not None and len(paper):
         p = paper.groupby("x")["percent"].agg(["min", "max"])
         axes[1].fill_between(p.index, p["min"], p["max"], color="#bbbbbb", alpha=0.45, lw=0, label="paper")
-    axes[0].set(title="What the adapter wins back", xlabel=label, ylabel="nats per token", ylim=(0, None), **(dict(xscale="log") if log else {}))
-    axes[1].set(title="The same, as part of the gap", xlabel=label, ylabel="percent of the gap closed", ylim=(0, None), **(dict(xscale="log") if log else {}))
-    if log:
-        for ax in axes: ax.set_xticks(sorted(set(table[x].round())), [f"{v:,.0f}" for v in sorted(set(table[x].round()))], minor=False); ax.minorticks_off()
-    axes[1].legend(title="rank", fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    for ax, title, unit in zip(axes, ("What the adapter wins back", "The same, as part of the gap"), ("nats per token", "percent of the gap closed")):
+        ax.set(title=title, xlabel=label, ylabel=unit, ylim=(0, 1.03 * ax.get_ylim()[1]), **(dict(xscale="log") if log else {}))
+        if log: ax.set_xticks(sorted(set(table[x].round())), [f"{v:,.0f}" for v in sorted(set(table[x].round()))], minor=False); ax.minorticks_off()
+    axes[1].legend(title=by, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return axes
 
 # %% ../nbs/09_plots.ipynb #78f60b88
