@@ -233,4 +233,4 @@ def fit_e2e(lm, layer: int, rows: Tensor, tokens: int, width: int = 4608, k: int
     "Train a TopK SAE at `layer` from random weights with the KL objective alone: the SAE and the curve."
     sae, factor = new_sae(harvest(lm, rows[:64], layer), width, k, options.get("seed", 0), hook_name=f"blocks.{layer}.hook_resid_post", model_name=lm.name_or_path)
     sae = unscaled(sae, factor).to(next(lm.parameters()).device)
-    return sae, finetune_sae(lm, {layer: sae}, rows, tokens, **dict(lr=1e-3) | options)
+    return sae, finetune_sae(lm, {layer: sae}, rows, tokens, **dict(lr=3e-3) | options)
