@@ -77,7 +77,7 @@ def scaling(rows: pd.DataFrame, x: str, label: str, paper: pd.DataFrame | None =
         axes[1].fill_between(p.index, p["min"], p["max"], color="#bbbbbb", alpha=0.45, lw=0, label="paper")
     for ax, title, unit in zip(axes, ("What the adapter wins back", "The same, as part of the gap"), ("nats per token", "percent of the gap closed")):
         ax.set(title=title, xlabel=label, ylabel=unit, ylim=(0, 1.03 * ax.get_ylim()[1]), **(dict(xscale="log") if log else {}))
-        if log: ax.set_xticks(sorted(set(table[x].round())), [f"{v:,.0f}" for v in sorted(set(table[x].round()))], minor=False); ax.minorticks_off()
+        if log: ax.set_xticks(sorted(set(table[x].round())), [f"{v:.0f}" if v < 1000 else f"{v / 1000:.2g}k" for v in sorted(set(table[x].round()))], minor=False); ax.minorticks_off()
     axes[1].legend(title=by, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     return axes
 
