@@ -288,4 +288,5 @@ d = { 'settings': { 'branch': 'main',
                                 'sae_lora.train.fit_loras': ('train.html#fit_loras', 'sae_lora/train.py'),
                                 'sae_lora.train.fit_sae': ('train.html#fit_sae', 'sae_lora/train.py'),
                                 'sae_lora.train.new_sae': ('train.html#new_sae', 'sae_lora/train.py'),
-                                'sae_lora.train.unscaled': ('train.html#unscaled', 'sae_lora/train.py')}}}
+                                'sae_lora.train.unscaled': ('train.html#unscaled', 'sae_lora/train.py'),
+                                'sae_lora.train.untrained_sae': ('train.html#untrained_sae', 'sae_lora/train.py')}}}

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'RECIPES', 'LONG', 'ADAPTER', 'distill_each', 'distill', 'distill_published', 'fit_lora', 'fit_loras',
-           'finetune_sae', 'fit_both', 'LinearAdapter', 'fit_linear', 'new_sae', 'unscaled', 'fit_sae', 'fit_e2e']
+           'finetune_sae', 'fit_both', 'LinearAdapter', 'fit_linear', 'new_sae', 'unscaled', 'fit_sae', 'untrained_sae',
+           'fit_e2e']
 
 # %% ../nbs/06_train.ipynb #c4e7d967
 import hashlib
@@ -229,8 +230,12 @@ def fit_sae(x: Tensor, tokens: int, width: int = 4608, k: int = 32, lr: float = 
     return unscaled(sae, factor), curve
 
 # %% ../nbs/06_train.ipynb #9b6216d8
+def untrained_sae(lm, layer: int, rows: Tensor, width: int = 4608, k: int = 32, seed: int = 0):
+    "A TopK SAE with random weights for `lm` at `layer`, on the device of `lm`; its scale and its decoder bias are those of the hidden states of a few of the `rows`."
+    sae, factor = new_sae(harvest(lm, rows[:64], layer), width, k, seed, hook_name=f"blocks.{layer}.hook_resid_post", model_name=lm.name_or_path)
+    return unscaled(sae, factor).to(next(lm.parameters()).device)
+
 def fit_e2e(lm, layer: int, rows: Tensor, tokens: int, width: int = 4608, k: int = 32, **options) -> tuple:
     "Train a TopK SAE at `layer` from random weights with the KL objective alone: the SAE and the curve."
-    sae, factor = new_sae(harvest(lm, rows[:64], layer), width, k, options.get("seed", 0), hook_name=f"blocks.{layer}.hook_resid_post", model_name=lm.name_or_path)
-    sae = unscaled(sae, factor).to(next(lm.parameters()).device)
-    return sae, finetune_sae(lm, {layer: sae}, rows, tokens, **dict(lr=3e-3) | options)
+    sae = untrained_sae(lm, layer, rows, width, k, options.get("seed", 0))
+    return sae, finetune_sae(lm, {layer: sae}, rows, tokens, **dict(lr=3e-3) | options)  # the learning rate that came furthest in the experiment on time to loss
