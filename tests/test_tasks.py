@@ -13,10 +13,11 @@ import torch
 from conftest import ROOT, random_sae, tiny
 from sae_lora import latents as latents_module
 from sae_lora.files import UsageError
-from sae_lora.latents import absorbed, absorption, agreement, cards_page, decoder, explained_variance, labelled, latent_cards, loss_recovered, pooled, probe, promotes, scr, some_latents, top_latents, tpp
+from sae_lora.latents import agreement, cards_page, latent_cards, promotes, some_latents
 from sae_lora.lm import hidden, layers, stack
 from sae_lora.lora import add_lora, lora_parameters, without_lora
 from sae_lora.metrics import token_losses
+from sae_lora.saebench import _regression, absorbed, absorption, decoder, explained_variance, labelled, loss_recovered, pooled, probe, scr, top_latents, tpp
 from sae_lora.splice import Identity, splice
 from sae_lora.steering import Steered, log_likelihoods, passages, positives, scaled_change, steer, steering_effect, text_rows, tune_alpha
 from sae_lora.tasks import LOCAL, as_model, benchmark, benchmark_all, local_tasks, models, recovered
@@ -343,7 +344,7 @@ def test_choice_of_latents_and_removal_agree_with_sae_bench():
     assert set(top_latents(F, y, 4).tolist()) == set(torch.where(~theirs)[0].tolist())
     F[y, 3] += 0.4
     model, _ = train_sklearn_probe(F[:100], y[:100].long(), F[100:], y[100:].long())
-    ours = latents_module._regression(F[:100], y[:100])
+    ours = _regression(F[:100], y[:100])
     np.testing.assert_allclose(model.coef_, ours.coef_, atol=1e-4)
     clean, fall = {"a": 0.9, "b": 0.8}, {"a": {10: {"a": 0.5, "b": 0.75}}, "b": {10: {"a": 0.85, "b": 0.6}}}
     overall, _ = create_tpp_plotting_dict(fall, clean)
