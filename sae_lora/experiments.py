@@ -8,7 +8,7 @@ __all__ = ['WORLD', 'RUN', 'SIZES', 'project', 'rows_path', 'together', 'rows_of
            'tidy', 'run_experiment', 'stage_site', 'build_site']
 
 # %% ../nbs/10_experiments.ipynb #9f2dcb00
-import ast, base64, hashlib, importlib, json, os, re, shutil, subprocess, sys, tempfile
+import ast, base64, hashlib, html, importlib, json, os, re, shutil, subprocess, sys, tempfile
 from contextlib import chdir, contextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -277,16 +277,27 @@ def stage_site(folder: Path):
     with chdir(folder): subprocess.run([sys.executable, "-c", "from nbdev.serve import proc_nbs\nif __name__ == '__main__': proc_nbs('nbs', n_workers=0)"], check=True)
     shutil.copytree(folder / "_proc", folder / "nbs", dirs_exist_ok=True)
 
+# %% ../nbs/10_experiments.ipynb #7c57a774
+_MATH = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
+
+def _mathml(page: Path):
+    "Turn the formulas of a page that smalldocs made into MathML, and drop the script that would have drawn them."
+    convert = _dev("latex2mathml.converter").convert
+    text = _MATH.sub(lambda m: convert(html.unescape(m[2]), display="block" if m[1] == "display" else "inline"), page.read_text())
+    page.write_text(re.sub(r"<(?:link|script)\b[^>]*\bkatex\b[^>]*>(?:</script>)?", "", text))
+
 # %% ../nbs/10_experiments.ipynb #e3233d61
 def build_site(out="_site", serve: bool = False) -> Path:
     "Build the site into the folder `out`, from rows and outputs that exist: nothing is trained. With `serve`, show it at http://localhost:4200 until stopped."
     _dev("nbdev")
     out = Path(out).absolute()
-    render = ["quarto", "render"] if shutil.which("quarto") else [sys.executable, "-m", "smalldocs.cli", "render", "--quiet"] if _dev("smalldocs") else []
+    quarto = shutil.which("quarto")
+    render = ["quarto", "render"] if quarto else [sys.executable, "-m", "smalldocs.cli", "render", "--quiet"] if _dev("smalldocs") else []
     with tempfile.TemporaryDirectory() as folder:
         stage_site(Path(folder))
         done = subprocess.run(render, cwd=folder, capture_output=True, text=True)
         if done.returncode: raise UsageError(f"{' '.join(render[-3:])} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+        for page in () if quarto else (Path(folder) / "_site").rglob("*.html"): _mathml(page)
         with written(out) as part: shutil.copytree(Path(folder) / "_site", part)
     if serve: subprocess.run([sys.executable, "-m", "http.server", "4200", "--directory", str(out)])
     return out

@@ -78,6 +78,14 @@ def test_chapters_begin_with_all_that_they_say(site, root):
             if words and len(words[0]) > 12: assert words[0].strip() in page, (path.name, words[0])
 
 
+def test_pages_draw_without_a_network(site):
+    "Formulas are MathML, and no page fetches a script, a style or a font from elsewhere."
+    assert "<math" in next(site.rglob("03_splice.html")).read_text()
+    for page in pages(site):
+        text = page.read_text()
+        assert 'class="math' not in text and not re.findall(r'<script[^>]*src="https?:|<link[^>]*stylesheet[^>]*href="https?:', text), page
+
+
 def test_search_finds_splice(site): assert any("splice" in json.dumps(entry).lower() for entry in json.loads((site / "search.json").read_text()))
 
 
