@@ -190,8 +190,7 @@ def _pack(ids: list[list[int]], length: int, sep: int, per_document: bool) -> Te
     rows = nn.functional.pad(flat[:len(flat) // fill * fill].view(-1, fill), (1, 0), value=sep)
     if not per_document: return rows
     index = torch.arange(length).expand_as(rows)
-    first = torch.cat([torch.ones_like(rows[:, :1], dtype=torch.bool), rows[:, :-1] == sep], 1)
-    return torch.stack([rows, index - torch.where(first, index, 0).cummax(1).values], 1)
+    return torch.stack([rows, index - torch.where(rows == sep, index, 0).cummax(1).values], 1)  # each document after the separator before it
 
 def _pad(ids: list[list[int]], length: int, sep: int) -> Tensor:
     "One document a row after the separator, cut at `length` or filled with −1."
@@ -209,31 +208,31 @@ def passages(document: str, low: int = 120, high: int = 400) -> list[str]:
     return out
 
 # %% ../nbs/00_text.ipynb #fe903883
-def _sides(documents: list[str], share: float, cut: float) -> list[tuple[bool, str]]:
+def _sides(documents: list[str], share: float, cut: float, between: tuple[int, int]) -> list[tuple[bool, str]]:
     "Documents with the side each is on; a share `cut` of those for training in passages, and these in mixed order."
     whole = [(for_validation(d, share), d) for d in documents if d.strip()]
     if not cut: return whole
-    pieces = [(side, p) for side, d in whole for p in (passages(d) if not side and int(_hash(d)[8:16], 16) < cut * 2**32 else [d])]
+    pieces = [(side, p) for side, d in whole for p in (passages(d, *between) if not side and int(_hash(d)[8:16], 16) < cut * 2**32 else [d])]
     return sorted(pieces, key=lambda p: "" if p[0] else _hash(p[1]))  # those held out first, in their order
 
-def _tokens(documents: Iterable[str], tok, want: dict[bool, int], share: float, cut: float) -> dict[bool, list[list[int]]]:
+def _tokens(documents: Iterable[str], tok, want: dict[bool, int], share: float, cut: float, between: tuple[int, int]) -> dict[bool, list[list[int]]]:
     "Token ids of documents for training (`False`) and validation (`True`), until each side has as many as it wants."
     got, size, documents = {False: [], True: []}, {False: 0, True: 0}, iter(documents)
     while any(size[side] < want[side] for side in got) and (some := list(islice(documents, 256))):
-        some = [(side, d) for side, d in _sides(some, share, cut) if size[side] < want[side]]
+        some = [(side, d) for side, d in _sides(some, share, cut, between) if size[side] < want[side]]
         for (side, _), ids in zip(some, tok([d for _, d in some], add_special_tokens=False).input_ids if some else []):
             if size[side] < want[side]: got[side].append(ids); size[side] += len(ids) + 1
     return got
 
 # %% ../nbs/00_text.ipynb #2a481cdd
 def token_blocks(source, tok, length: int = 256, tokens: int = 2**21, valid_tokens: int = 2**15, *,
-                 pack: bool = True, per_document: bool = False, share: float = 0.05, cut: float = 0.0) -> Blocks:
+                 pack: bool = True, per_document: bool = False, share: float = 0.05, cut: float = 0.0, between: tuple[int, int] = (120, 400)) -> Blocks:
     """Rows of `length` tokens from `source`, a corpus name or an iterable of documents.
 
-    At most about `tokens` for training and `valid_tokens` for validation; `share` of the documents are held out, and a share `cut` of the others are cut into `passages`.
+    At most about `tokens` for training and `valid_tokens` for validation; `share` of the documents are held out, and a share `cut` of the others are cut into `passages` with lengths from `between`: `(20, 20)` gives single sentences.
     Raises `UsageError` where the text does not fill one row."""
     documents = corpus(source) if isinstance(source, str) else source
-    got = _tokens(documents, tok, {False: tokens, True: valid_tokens}, share, cut)
+    got = _tokens(documents, tok, {False: tokens, True: valid_tokens}, share, cut, between)
     rows = {side: _pack(ids, length, separator(tok), per_document) if pack else _pad(ids, length, separator(tok)) for side, ids in got.items()}
     train, valid = rows[False][:max(tokens // length, 1)], rows[True][:max(valid_tokens // length, 1)]
     if not len(valid) and (tokens and not len(train) or valid_tokens):
