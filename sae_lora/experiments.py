@@ -110,7 +110,7 @@ def saes_at(lm, blocks, specs) -> dict:
     return {site(hook_name(sae)): sae.to(device) for sae in saes}
 
 # %% ../nbs/10_experiments.ipynb #05682f8e
-RUN = ("rank", "layers", "tokens", "recipe", "seed", "keep_unspliced")  # what makes an adapter, beside model, text and SAEs
+RUN = ("rank", "layers", "tokens", "recipe", "seed", "lr", "keep_unspliced")  # what makes an adapter, beside model, text and SAEs
 
 def cacheable(lm, tokens: int, recipe: str = "fast") -> bool:
     "Whether prefix and teacher of a run are worth a file in the cache, for the next run on the same rows: under 512 MiB, and the recipe can use it."
@@ -119,7 +119,7 @@ def cacheable(lm, tokens: int, recipe: str = "fast") -> bool:
 
 @contextmanager
 def adapted(lm, saes: dict, rows, *runs: dict):
-    "Inside, `lm` carries an adapter for each of `runs` (`rank, layers, tokens, recipe, seed`, and `keep_unspliced` if wanted; all but the rank alike), trained on `rows`; gives their curves by name."
+    "Inside, `lm` carries an adapter for each of `runs` (`rank, layers, tokens, recipe, seed`, and `lr` or `keep_unspliced` if wanted; all but the rank alike), trained on `rows`; gives their curves by name."
     names, first = [f"run{i}" for i in range(len(runs))], runs[0]
     made_of = dict(model=lm.name_or_path, rows=_digest(rows), saes={i: fingerprint(s) for i, s in saes.items()}, **{k: first[k] for k in RUN if k in first})
     kept = cache_path("adapters", f"{key(made_of)}.safetensors") if len(runs) == 1 else None
@@ -127,7 +127,7 @@ def adapted(lm, saes: dict, rows, *runs: dict):
         for name, p in zip(names, runs): add_lora(lm, saes, p["rank"], p["layers"], seed=p["seed"], name=name, **ADAPTER[p["recipe"]])
         if kept and kept.exists(): yield _recalled(lm, kept)
         else:
-            curves = fit_loras(lm, {name: saes for name in names}, rows, first["tokens"], first["recipe"], seed=first["seed"], keep_unspliced=first.get("keep_unspliced", 0.0), cached=cacheable(lm, first["tokens"], first["recipe"]))
+            curves = fit_loras(lm, {name: saes for name in names}, rows, first["tokens"], first["recipe"], seed=first["seed"], **{k: first[k] for k in ("lr", "keep_unspliced") if k in first}, cached=cacheable(lm, first["tokens"], first["recipe"]))
             if kept:
                 with written(kept) as part: save_file({n: p.detach().contiguous() for n, p in lora_parameters(lm).items()}, part, {"curves": json.dumps(curves)})
             yield curves

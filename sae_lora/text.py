@@ -177,9 +177,11 @@ class Blocks:
     def __repr__(self): return f"Blocks({self.source}: train {tuple(self.train.shape)}, valid {tuple(self.valid.shape)}, hash {self.hash})"
 
 # %% ../nbs/00_text.ipynb #6c35c96f
-def separator(tok) -> int:
-    "The id that parts documents: `<|endoftext|>` where the vocabulary has it, else the end-of-sequence token."
-    end = tok.get_vocab().get("<|endoftext|>", tok.eos_token_id)
+def separator(tok, token: str | None = None) -> int:
+    "The id that parts documents: that of `token`, else `<|endoftext|>` where the vocabulary has it, else the end-of-sequence token."
+    vocabulary = tok.get_vocab()
+    if token is not None and token not in vocabulary: raise UsageError(f"sep={token!r} is no token of this tokenizer; its special tokens are {', '.join(tok.all_special_tokens)}")
+    end = vocabulary.get(token or "<|endoftext|>", tok.eos_token_id)
     if end is None: raise UsageError("the tokenizer has neither <|endoftext|> nor an end-of-sequence token; set tok.eos_token")
     return end
 
@@ -217,26 +219,28 @@ def _sides(documents: list[str], share: float, cut: float, between: tuple[int, i
     pieces = [(side, p) for side, d in whole for p in (passages(d, *between) if not side and int(_hash(d)[8:16], 16) < cut * 2**32 else [d])]
     return sorted(pieces, key=lambda p: "" if p[0] else _hash(p[1]))  # those held out first, in their order
 
-def _tokens(documents: Iterable[str], tok, want: dict[bool, int], share: float, cut: float, between: tuple[int, int]) -> dict[bool, list[list[int]]]:
+def _tokens(documents: Iterable[str], tok, want: dict[bool, int], share: float, cut: float, between: tuple[int, int], lead: str) -> dict[bool, list[list[int]]]:
     "Token ids of documents for training (`False`) and validation (`True`), until each side has as many as it wants."
     got, size, documents = {False: [], True: []}, {False: 0, True: 0}, iter(documents)
     while any(size[side] < want[side] for side in got) and (some := list(islice(documents, 256))):
         some = [(side, d) for side, d in _sides(some, share, cut, between) if size[side] < want[side]]
-        for (side, _), ids in zip(some, tok([d for _, d in some], add_special_tokens=False).input_ids if some else []):
+        for (side, _), ids in zip(some, tok([lead + d for _, d in some], add_special_tokens=False).input_ids if some else []):
             if size[side] < want[side]: got[side].append(ids); size[side] += len(ids) + 1
     return got
 
 # %% ../nbs/00_text.ipynb #2a481cdd
 def token_blocks(source, tok, length: int = 256, tokens: int = 2**21, valid_tokens: int = 2**15, *,
-                 pack: bool = True, per_document: bool = False, share: float = 0.05, cut: float = 0.0, between: tuple[int, int] = PASSAGE) -> Blocks:
+                 pack: bool = True, per_document: bool = False, share: float = 0.05, cut: float = 0.0, between: tuple[int, int] = PASSAGE,
+                 sep: str | None = None, lead: str = "") -> Blocks:
     """Rows of `length` tokens from `source`, a corpus name or an iterable of documents.
 
     At most about `tokens` for training and `valid_tokens` for validation; `share` of the documents are held out, and a share `cut` of the others are cut into `passages` with lengths from `between`: `(20, 20)` gives single sentences.
-    Raises `UsageError` where the text does not fill one row, or `between` is not two lengths."""
+    Documents are parted by `sep` (see `separator`), and each begins with `lead`.
+    Raises `UsageError` where the text does not fill one row, `between` is not two lengths, or `sep` no token."""
     if len(between) != 2 or not 0 < between[0] <= between[1]: raise UsageError(f"between={tuple(between)}; give the least and the greatest length of a passage in characters")
-    documents = corpus(source) if isinstance(source, str) else source
-    got = _tokens(documents, tok, {False: tokens, True: valid_tokens}, share, cut, between)
-    rows = {side: _pack(ids, length, separator(tok), per_document) if pack else _pad(ids, length, separator(tok)) for side, ids in got.items()}
+    documents, end = corpus(source) if isinstance(source, str) else source, separator(tok, sep)
+    got = _tokens(documents, tok, {False: tokens, True: valid_tokens}, share, cut, between, lead)
+    rows = {side: _pack(ids, length, end, per_document) if pack else _pad(ids, length, end) for side, ids in got.items()}
     train, valid = rows[False][:max(tokens // length, 1)], rows[True][:max(valid_tokens // length, 1)]
     if not len(valid) and (tokens and not len(train) or valid_tokens):
         raise UsageError(f"text {source if isinstance(source, str) else 'given'!r} is too short: {sum(map(len, chain(*got.values())))} tokens, "

@@ -6,7 +6,9 @@ import sys
 import time
 import zipfile
 
-from sae_lora.files import data_path
+import pytest
+
+from sae_lora.files import UsageError, data_path
 from sae_lora.metrics import fidelity, sparsity
 from sae_lora.text import Blocks, corpus, for_validation, token_blocks
 
@@ -38,6 +40,14 @@ def test_training_and_validation_share_no_document(world):
     train = " ".join(tok.decode(r) for r in blocks.train)
     held = [t for t in text if for_validation(t)]
     assert held and not any(t[60:160] in train for t in held)
+
+
+def test_sentences_as_lm_eval_scores_them(world):
+    rows = token_blocks("prose", world[1], 64, 2**12, 2**12, per_document=True, cut=1.0, between=(20, 20), sep="<|im_start|>", lead=" ").train
+    begin = world[1].convert_tokens_to_ids("<|im_start|>")
+    assert ((rows[:, 0] == begin) == (rows[:, 1] == 0)).all() and (rows[:, 0] != 0).all()
+    assert all(t.startswith("Ġ") for t in world[1].convert_ids_to_tokens(rows[:, 0][rows[:, 1] == 1]))
+    with pytest.raises(UsageError, match="sep='<bos>' is no token"): token_blocks("prose", world[1], sep="<bos>")
 
 
 def test_second_load_is_quick():
