@@ -164,10 +164,11 @@ def benchmark(lm, tok, tasks, saes: dict | None = None, data=None, limit: int | 
     return {f: _pool([rows[n] for n in names]) for f, names in families.items()} | rows
 
 # %% ../nbs/07_tasks.ipynb #41dd7d58
-def benchmark_all(lm, tok, tasks, saes: dict, keep: str = "special", **options) -> dict[str, dict]:
-    "`benchmark` of each of the four models, or of two where `lm` has no adapter: `{model: {task: …}}`. `options` are those of `benchmark`."
+def benchmark_all(lm, tok, tasks, saes: dict, keep: str = "special", known: dict[str, dict] = {}, **options) -> dict[str, dict]:
+    "`benchmark` of each of the four models, or of two where `lm` has no adapter: `{model: {task: …}}`; those in `known`, base and spliced from another adapter's scores, are not measured again. `options` are those of `benchmark`."
     out = {}
     for name in models(lm, check_saes(lm, saes)):
+        if name in known: out[name] = known[name]; continue
         with as_model(lm, saes, name, keep): out[name] = benchmark(lm, tok, tasks, **options)
     return out
 

@@ -120,6 +120,7 @@ def test_four_models_and_families(adapted, data):
         assert list(scores) == ["blimp", "blimp_adjunct_island", "blimp_wh_island", "truthfulqa_mc1"]
         assert scores["blimp"]["items"] == scores["blimp_adjunct_island"]["items"] + scores["blimp_wh_island"]["items"] and scores["blimp"]["n"] == 6
         for s in scores.values(): assert s["ci95"][0] <= s["value"] <= s["ci95"][1] and 0 <= s["ci95"][0] and s["ci95"][1] <= 1
+    assert benchmark_all(lm, tok, ["blimp", "truthfulqa_mc1"], saes, known={"base": "as it was"}, data=data, limit=3) == four | {"base": "as it was"}
     with as_model(lm, saes, "adapted"): inside = benchmark(lm, tok, "truthfulqa_mc1", data=data)
     assert inside == benchmark(lm, tok, "truthfulqa_mc1", saes, data) == {"truthfulqa_mc1": four["adapted"]["truthfulqa_mc1"]}
 
