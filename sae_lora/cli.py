@@ -194,6 +194,7 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or
              valid_tokens: Annotated[int, typer.Option(min=2, help="Tokens to measure on.")] = 16_384,
              out: Annotated[Optional[Path], typer.Option(help="File to write the report to; evaluate-TEXT.json in the folder otherwise.")] = None, as_json: Json = False):
     "Measure a saved adapter again, on any text."
+    if out and out.is_dir(): raise UsageError(f"--out {out} is a folder; give the name of a file")
     if not (folder / "report.json").exists(): raise UsageError(f"{folder}: no report.json; give a folder that sae-lora adapt or demo wrote")
     was = json.loads((folder / "report.json").read_text())
     lm, tok = load_lm(was["model"])

@@ -29,20 +29,44 @@ def data_path(*parts: str) -> Path:
 
 # %% ../nbs/00_files.ipynb #d1a0b946
 def _remove(path: Path):
-    "Remove a file or a folder, if it is there."
+    "Remove a file or a folder of our own making, if it is there."
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
+def _check_place(path: Path, marker: str | None):
+    "Raise `UsageError` unless something may be written at `path`."
+    if not path.is_dir() or not any(path.iterdir()): return
+    if marker is None:
+        raise UsageError(f"{path} is a folder with files in it, which is left alone; give another name")
+    if not (path / marker).exists():
+        raise UsageError(f"{path} has files in it but no {marker}, so it is not replaced; "
+                         "give another folder, or empty this one")
+
 # %% ../nbs/00_files.ipynb #8a41458f
+def _move(temporary: Path, path: Path):
+    "Move what was written to its place; into a folder that is there already, file by file."
+    if temporary.is_dir() and path.is_dir():
+        for part in sorted(p for p in temporary.rglob("*") if not p.is_dir()):
+            target = path / part.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(part, target)
+    else:
+        if path.is_dir(): path.rmdir()  # fails unless it is empty
+        os.replace(temporary, path)
+
 @contextmanager
-def written(path):
-    "Give a temporary path to write a file or folder at; move it to `path` on success, remove it on failure."
+def written(path, marker: str | None = None):
+    """Give a temporary path to write a file or folder at; move it to `path` on success, remove it on failure.
+
+    Nothing that was there before is removed: a file is replaced by a file, a folder that is not empty
+    is written into where it holds a file named `marker`, and refused with a `UsageError` otherwise."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _check_place(path, marker)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
-        if path.is_dir(): _remove(path)
-        os.replace(temporary, path)
+        _check_place(path, marker)  # it may have come to be meanwhile
+        _move(temporary, path)
     except Exception as e:
         if getattr(e, "errno", None) != errno.ENOSPC and "No space left" not in str(e): raise
         raise UsageError(f"no space left on the disk while writing {path}; free some, or choose another folder") from None

@@ -142,7 +142,7 @@ def save_adapter(lm, saes: dict, folder, keep: str = "special", metrics: dict | 
     "Write the adapter to `folder`: PEFT's files, `sae_lora.json` and a model card. `metrics` is what `fidelity` measured."
     if not lora_parameters(lm): raise UsageError("the model has no adapter to save; add one with add_lora")
     saes, about = check_saes(lm, saes), _describe(lm, saes, keep, metrics or {})
-    with written(folder) as part:
+    with written(folder, marker="sae_lora.json") as part:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PEFT looks for the base model on the hub, and says so where there is none
             quietly(lm.save_pretrained, part)

@@ -113,6 +113,34 @@ def test_a_full_disk_under_a_rust_writer(tmp_path):
     with pytest.raises(UsageError, match="no space left"), written(tmp_path / "x"): raise RuntimeError("I/O error: No space left on device (os error 28)")
 
 
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_a_folder_of_someone_elses_is_never_removed(tmp_path, kind):
+    mine = tmp_path / "thesis" / "chapter.txt"
+    mine.parent.mkdir()
+    mine.write_text("three years")
+    with pytest.raises(UsageError, match="thesis"), written(mine.parent, **{} if kind == "file" else dict(marker="cfg.json")) as part:
+        part.write_text("new") if kind == "file" else part.mkdir()
+    assert mine.read_text() == "three years" and [p.name for p in tmp_path.iterdir()] == ["thesis"]
+
+
+def test_evaluate_and_site_leave_the_folder_they_are_pointed_at(sae_lora, tmp_path):
+    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "notes.txt").write_text("mine")
+    refused(sae_lora("evaluate", tmp_path, "--out", tmp_path), "is a folder", "name of a file")
+    refused(sae_lora("site", "--out", tmp_path), "files in it", "another folder")
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"report.json": "{}", "notes.txt": "mine"}
+
+
+def test_an_adapter_is_saved_over_an_earlier_one(tmp_path):
+    from sae_lora.lora import add_lora, save_adapter
+    lm, saes = tiny("llama"), {1: random_sae()}
+    add_lora(lm, saes, rank=2)
+    save_adapter(lm, saes, tmp_path / "adapter")
+    (tmp_path / "adapter" / "notes.txt").write_text("mine")
+    save_adapter(lm, saes, tmp_path / "adapter", metrics={"ce": {"base": 1.0}, "gap_closed": 0.5})
+    assert "Gap closed" in (tmp_path / "adapter" / "README.md").read_text() and (tmp_path / "adapter" / "notes.txt").read_text() == "mine"
+
+
 def test_a_loss_that_is_not_a_number_keeps_the_last_good_state(tmp_path):
     from safetensors.torch import load_file
     from sae_lora.loop import loop
