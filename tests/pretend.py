@@ -1,0 +1,335 @@
+"""A pretend accelerator, for tests of device placement where there is none.
+
+Its tensors hold real numbers in ordinary memory, and every operation on them is the CPU's. What makes
+it a device is what it refuses: operations on tensors of two devices, as a GPU does. A package that
+puts anything in the wrong place fails here as it would there, and what passes gives numbers that can
+be compared with the CPU's.
+
+    import pretend
+    pretend.install()
+    torch.ones(2, device="pretend") + torch.ones(2)  # RuntimeError
+
+`install` renames PyTorch's PrivateUse1 backend and makes it the current accelerator, for the whole
+process and for good: use it in a process of its own.
+"""
+import ctypes
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.utils import backend_registration
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+NAME = "pretend"
+SETUP = "_setup_privateuseone_for_python_backend"
+settings = {"float64": True}
+
+
+def missing() -> str | None:
+    "Why there can be no pretend device here, if so."
+    if hasattr(backend_registration, SETUP):
+        return None
+    return f"torch {torch.__version__} has no {SETUP}, which makes a device out of Python"
+
+
+# Tensors. DLPack hands memory on together with the device it is on; one field is overwritten.
+
+CPU, EXTENSION = 1, 12  # DLPack's numbers for kinds of devices
+_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer.restype = ctypes.c_void_p
+_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
+
+
+def _relabelled(t: Tensor, kind: int) -> Tensor:
+    "The same memory as a tensor of another device; a plain one, no subclass."
+    capsule = torch._C._to_dlpack(t)
+    start = _pointer(capsule, b"dltensor")
+    ctypes.c_int32.from_address(start + 8).value = kind
+    ctypes.c_int32.from_address(start + 12).value = 0  # the index of the device
+    return torch._C._from_dlpack(capsule)
+
+
+def is_ours(t) -> bool:
+    "Whether something is a tensor on the pretend device."
+    return isinstance(t, Tensor) and t.device.type == NAME
+
+
+def on_cpu(t: Tensor) -> Tensor:
+    "A CPU tensor over the same memory."
+    return _relabelled(t, CPU) if is_ours(t) else t
+
+
+def on_device(t: Tensor) -> Tensor:
+    "A tensor of the pretend device over the same memory."
+    if t.dtype in (torch.float64, torch.complex128) and not settings["float64"]:
+        raise TypeError(f"the {NAME} device does not have {t.dtype}; use float32")
+    return _relabelled(t, EXTENSION)
+
+
+# Operations.
+
+_CPU_KERNEL = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
+_INDEXING = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_",
+             "_unsafe_index_put")
+
+
+def _name(op) -> str:
+    "The name of an operation without namespace and overload."
+    return op._schema.name.split("::")[1]
+
+
+def _refuse(op, why: str):
+    raise RuntimeError(f"{_name(op)}: {why}")
+
+
+def _check_devices(op, args: tuple, kwargs: dict):
+    "Refuse what a GPU refuses: tensors of two devices, and a generator of another device."
+    if _name(op) in _INDEXING:
+        args = (args[0], *args[2:])  # indices may be on the CPU
+    for t in tree_flatten((args, kwargs))[0]:
+        if isinstance(t, torch.Generator):
+            _refuse(op, f"Expected a '{NAME}' device type for generator but found '{t.device}'")
+        if isinstance(t, Tensor) and t.dim() and not is_ours(t):
+            _refuse(op, "Expected all tensors to be on the same device, but found at least two "
+                        f"devices, {NAME}:0 and {t.device}! (shape {tuple(t.shape)})")
+
+
+@lru_cache(None)
+def _aliases(op) -> tuple:
+    "For each return value, the place or name of the argument it is (or is a view of), or none."
+    place = {}
+    for i, a in enumerate(op._schema.arguments):
+        for name in a.alias_info.before_set if a.alias_info else ():
+            place[name] = a.name if a.kwarg_only else i
+    sets = [r.alias_info.before_set if r.alias_info else () for r in op._schema.returns]
+    return tuple(next((place[n] for n in names if n in place), None) for names in sets)
+
+
+@lru_cache(None)
+def _is_view(op) -> bool:
+    "Whether what an operation returns is a view of its argument."
+    infos = [r.alias_info for r in op._schema.returns if r.alias_info]
+    return bool(infos) and not any(i.is_write for i in infos)
+
+
+@lru_cache(None)
+def _outputs(op) -> tuple:
+    "The names of `out=` arguments."
+    arguments = op._schema.arguments
+    return tuple(a.name for a in arguments if a.kwarg_only and a.alias_info)
+
+
+@lru_cache(None)
+def _is_random(op) -> bool:
+    return torch.Tag.nondeterministic_seeded in op.tags
+
+
+@lru_cache(None)
+def _packet(op):
+    "The operation whatever its overload: numbers arrive where the schema says tensor."
+    return getattr(getattr(torch.ops, op.namespace), _name(op))
+
+
+def _replace(t: Tensor, value: Tensor):
+    "Give a tensor other memory: borrowed memory cannot grow."
+    torch.ops.aten.set_.source_Tensor.redispatch(_CPU_KERNEL, t, on_device(value))
+
+
+def _computed(op, args: tuple, kwargs: dict):
+    "What the CPU makes of an operation; random numbers come from the device's own state."
+    if not _is_random(op):
+        return _packet(op)(*args, **kwargs)
+    with random.borrowed():
+        return _packet(op)(*args, **kwargs)
+
+
+def _kernel(op, *args, **kwargs):
+    "Any operation on tensors of the pretend device: check, unwrap, run, wrap."
+    _check_devices(op, args, kwargs)
+    if _is_view(op) or _name(op) == "set_":
+        return op.redispatch(_CPU_KERNEL, *args, **kwargs)  # the original has storage and offset
+    fresh = {n: torch.empty(0, dtype=kwargs[n].dtype) for n in _outputs(op)
+             if n in kwargs and not kwargs[n].numel()}  # these are to be given their size
+    cpu_args, cpu_kwargs = tree_map_only(Tensor, on_cpu, (args, kwargs | fresh))
+    if "device" in cpu_kwargs:  # a factory
+        cpu_kwargs["device"] = torch.device("cpu")
+    result = _computed(op, cpu_args, cpu_kwargs)
+    for name, value in fresh.items():
+        _replace(kwargs[name], value)
+    return _wrapped(op, result, args, kwargs)
+
+
+def _wrapped(op, result, args: tuple, kwargs: dict):
+    "Results as tensors of the pretend device; where one is an argument, that argument itself."
+    several = isinstance(result, tuple)
+    out = []
+    for i, r in enumerate(result if several else (result,)):
+        alias = _aliases(op)[i] if i < len(_aliases(op)) else None
+        if alias is None:
+            out.append(tree_map_only(Tensor, on_device, r))
+        else:
+            out.append(kwargs[alias] if isinstance(alias, str) else args[alias])
+    return tuple(out) if several else out[0]
+
+
+def _copy(source: Tensor, to: Tensor, non_blocking: bool = False) -> Tensor:
+    "All copies, within the device and across."
+    on_cpu(to).copy_(on_cpu(source))
+    return to
+
+
+def _resize(t: Tensor, size, *, memory_format=None) -> Tensor:
+    "Another size, with as many of the numbers as fit."
+    if list(t.shape) != list(size):
+        value = torch.zeros(size, dtype=t.dtype)
+        n = min(t.numel(), value.numel())
+        value.view(-1)[:n] = on_cpu(t).reshape(-1)[:n]
+        _replace(t, value)
+    return t
+
+
+# Automatic mixed precision: PyTorch's own lists for CUDA, as far as language models need them.
+
+LOWER = ("mm addmm bmm baddbmm addbmm mv addmv matmul linear einsum chain_matmul convolution conv1d "
+         "conv2d prelu scaled_dot_product_attention").split()
+FLOAT32 = ("exp expm1 log log10 log2 log1p reciprocal rsqrt softplus layer_norm native_layer_norm "
+           "group_norm cosine_similarity nll_loss nll_loss_nd kl_div mse_loss l1_loss "
+           "smooth_l1_loss huber_loss logsumexp dist cdist softmax.int log_softmax.int cumsum "
+           "cumprod sum sum.dim_IntList prod pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar "
+           "norm.Scalar linalg_vector_norm").split()
+WIDEST = "addcdiv addcmul dot vdot tensordot index_put scatter_add cat stack".split()
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
+
+
+def _may_cast(t) -> bool:
+    return is_ours(t) and t.is_floating_point() and t.dtype != torch.float64
+
+
+def _widest(args) -> torch.dtype:
+    "The widest type among tensors that may be cast."
+    found = [t.dtype for t in tree_flatten(args)[0] if _may_cast(t)]
+    return torch.float32 if torch.float32 in found else torch.get_autocast_dtype(NAME)
+
+
+def _casting(op, dtype_for):
+    "A kernel that casts tensors to the type that `dtype_for` gives for the arguments."
+    def kernel(*args, **kwargs):
+        dtype = dtype_for((args, kwargs))
+        with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
+            cast = lambda t: t.to(dtype) if _may_cast(t) else t
+            args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
+            return op(*args, **kwargs)
+    return kernel
+
+
+def _register_autocast(everything, aten):
+    "All operations pass autocast by, but those on the lists."
+    everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    lower = lambda args: torch.get_autocast_dtype(NAME)
+    float32 = lambda args: torch.float32
+    for names, dtype_for in ((LOWER, lower), (FLOAT32, float32), (WIDEST, _widest)):
+        for name in names:
+            packet, _, overload = name.partition(".")
+            op = getattr(getattr(torch.ops.aten, packet), overload or "default")
+            aten.impl(name, _casting(op, dtype_for), "AutocastPrivateUse1")
+
+
+# Random numbers and the module `torch.pretend`.
+
+class Random:
+    "The random state of the device, apart from the CPU's."
+    def __init__(self):
+        self.seed(0)
+
+    def seed(self, seed: int):
+        self.state = torch.Generator().manual_seed(seed).get_state()
+
+    def borrowed(self):
+        "A context inside which the CPU's random numbers are the device's."
+        return _Borrowed(self)
+
+
+class _Borrowed:
+    def __init__(self, owner: Random):
+        self.owner = owner
+
+    def __enter__(self):
+        self.cpu = torch.default_generator.get_state()
+        torch.default_generator.set_state(self.owner.state)
+
+    def __exit__(self, *error):
+        self.owner.state = torch.default_generator.get_state()
+        torch.default_generator.set_state(self.cpu)
+
+
+random = Random()
+
+
+class Module:
+    "What PyTorch and users ask of `torch.pretend`, as of `torch.cuda`."
+    def is_initialized(self) -> bool:
+        return True
+
+    def is_available(self) -> bool:
+        return True
+
+    def is_bf16_supported(self, including_emulation: bool = True) -> bool:
+        return True
+
+    def get_amp_supported_dtype(self) -> list:
+        return [torch.bfloat16, torch.float16]
+
+    def device_count(self) -> int:
+        return 1
+
+    def current_device(self) -> int:
+        return 0
+
+    def set_device(self, device):
+        pass
+
+    def synchronize(self, device=None):
+        pass
+
+    def get_device_name(self, device=None) -> str:
+        return "a pretend device"
+
+    def _is_in_bad_fork(self) -> bool:
+        return False
+
+    def manual_seed(self, seed: int):
+        random.seed(seed)
+
+    def manual_seed_all(self, seed: int):
+        random.seed(seed)
+
+    def get_rng_state(self, device=None) -> Tensor:
+        return random.state.clone()
+
+    def set_rng_state(self, state: Tensor, device=None):
+        random.state = state.clone()
+
+    def get_rng_state_all(self) -> list[Tensor]:
+        return [self.get_rng_state()]
+
+    def set_rng_state_all(self, states: list[Tensor]):
+        self.set_rng_state(states[0])
+
+
+_kept = []  # libraries lose their kernels with the last reference
+
+
+def install(float64: bool = True) -> str:
+    "Make the device; its name. Without `float64` it refuses numbers of that type, as MPS does."
+    settings["float64"] = float64
+    getattr(backend_registration, SETUP)(rename=NAME, backend_module=Module())
+    everything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+    _kept.extend((everything, aten))
+    everything.fallback(_kernel, "PrivateUse1")
+    aten.impl("_copy_from", _copy, "PrivateUse1")
+    aten.impl("_copy_from_and_resize", _copy, "PrivateUse1")
+    aten.impl("resize_", _resize, "PrivateUse1")
+    _register_autocast(everything, aten)
+    # A module that moves keeps its parameters' identity, as it does on CUDA: tied weights stay tied.
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    return NAME
