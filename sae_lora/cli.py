@@ -21,7 +21,7 @@ from rich.text import Text
 
 from .experiments import build_site, experiments, run_experiment, settings
 from .files import UsageError, written
-from .lm import layers as blocks_of, leads, load_lm, shard
+from .lm import device_of, layers as blocks_of, leads, load_lm, shard
 from .lora import add_lora, attach_adapter, save_adapter
 from .metrics import fidelity, sparsity, token_losses
 from .sae import fingerprint, hook_name, load_sae, save_sae, site
@@ -248,7 +248,7 @@ def train_sae(out: Out, model: Model = "smollm2-135m", text: Source = "default",
     blocks = token_blocks(text, tok, 256, text_tokens, valid_tokens)
     about = dict(model_name=model, hook_name=f"blocks.{layer}.hook_resid_post", training_text=text, text_hash=blocks.hash)
     x = harvest(lm, blocks.train, layer, cached=True)
-    sae, curve = fit_sae(x, tokens, width, k, lr, batch, seed, metadata=about)
+    sae, curve = fit_sae(x, tokens, width, k, lr, batch, seed, metadata=about, device=device_of(lm))
     r = measure_sae(lm, sae, layer, blocks.valid) | dict(model=model, text=text, layer=layer, width=width, k=k, seed=seed, positions=len(x), tokens=tokens, train_seconds=curve[-1]["seconds"])
     low, high = r["ci95"]["gap"]
     save_sae(sae, out, SAE_CARD.format(hook=about["hook_name"], low=low, high=high, base=r["ce"]["base"], **r), half)

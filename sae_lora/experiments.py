@@ -19,11 +19,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .files import UsageError, cache_path, data_path, written
-from .lm import load_lm, processes
+from .lm import device_of, load_lm, processes
 from .lora import add_lora, lora_parameters
 from .metrics import fidelities, sparsity
 from .results import Results, key
 from .sae import fingerprint, hook_name, load_sae, save_sae, site
+from .splice import check_saes
 from .states import harvest
 from .text import token_blocks
 from .train import ADAPTER, fit_loras, fit_sae
@@ -97,7 +98,7 @@ def trained_sae(lm, blocks, **spec):
     folder = cache_path("saes", key(p))
     if not folder.exists():
         x = harvest(lm, blocks.train, p["layer"], cached=True)
-        sae, curve = fit_sae(x, p["tokens"], p["width"], p["k"], seed=p["seed"], metadata=dict(model_name=lm.name_or_path, hook_name=f"blocks.{p['layer']}.hook_resid_post"))
+        sae, curve = fit_sae(x, p["tokens"], p["width"], p["k"], seed=p["seed"], device=device_of(lm), metadata=dict(model_name=lm.name_or_path, hook_name=f"blocks.{p['layer']}.hook_resid_post"))
         save_sae(sae, folder)
         Results(rows_path("saes")).add(p, dict(loss=curve[-1]["loss"], positions=len(x), train_seconds=curve[-1]["seconds"]))
     return load_sae(folder)
@@ -106,8 +107,7 @@ def trained_sae(lm, blocks, **spec):
 def saes_at(lm, blocks, specs) -> dict:
     "SAEs by layer, from one spec or a list of them."
     saes = [trained_sae(lm, blocks, **s) if isinstance(s, dict) else load_sae(s) for s in _several(specs)]
-    device = next(lm.parameters()).device
-    return {site(hook_name(sae)): sae.to(device) for sae in saes}
+    return check_saes(lm, {site(hook_name(sae)): sae for sae in saes})
 
 # %% ../nbs/10_experiments.ipynb #05682f8e
 RUN = ("rank", "layers", "tokens", "recipe", "seed", "lr", "keep_unspliced")  # what makes an adapter, beside model, text and SAEs

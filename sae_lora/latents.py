@@ -37,9 +37,9 @@ def agreement(lm, saes: dict, rows: Tensor, compare=("base", "adapted"), top: in
         for some in rows.split(batch):
             (a, real), (b, _) = (_seen(lm, saes, layer, some, m, keep) for m in compare)
             on = a > 0, b > 0
-            both, either = (on[0] & on[1]).sum(-1).double(), (on[0] | on[1]).sum(-1).double()
+            both, either = (on[0] & on[1]).sum(-1).cpu().double(), (on[0] | on[1]).sum(-1).cpu().double()
             index.append((both / either.clamp_min(1)).sum(1)); count.append((either > 0).sum(1).double())
-            rate, n = rate + torch.stack([f.sum((0, 1)) for f in on]), n + int(real.sum())
+            rate, n = rate + torch.stack([f.sum((0, 1)) for f in on]).cpu(), n + int(real.sum())
             for side, f in zip(peak, (a, b)): side.append(f.amax(1))
         index, count, peak = torch.cat(index).cpu(), torch.cat(count).cpu(), [torch.cat(side) for side in peak]
         alive = (rate > 0).any(0)
@@ -53,10 +53,12 @@ def agreement(lm, saes: dict, rows: Tensor, compare=("base", "adapted"), top: in
 @torch.no_grad()
 def promotes(lm, tok, sae, latents: list[int], n: int = 8) -> list[dict[str, list[str]]]:
     "For each latent, the `n` tokens whose logits its decoder row raises and lowers most, by way of the final norm's gain and the head alone."
+    W, rows = head(lm).weight.float(), decoder(sae)[latents].float()
     norm = [m for m in stack(lm).children() if m is not layers(lm) and not isinstance(m, nn.Embedding) and getattr(m, "weight", None) is not None and m.weight.dim() == 1]
-    sign = torch.ones(sae.cfg.d_in, device=sae.W_dec.device); sign[::2] = -1
+    sign = torch.ones(sae.cfg.d_in, device=W.device)
+    sign[::2] = -1
     gain = (norm[-1](sign) - norm[-1](-sign)) / 2 * sign if norm else 1  # exact for RMSNorm and LayerNorm alike, whatever they add to their weight
-    z = head(lm).weight.float() @ (decoder(sae)[latents] * gain).float().T
+    z = W @ (rows.to(W.device) * gain).T
     z = z - z.mean(0)
     return [dict(promotes=tok.batch_decode(z[:, i].topk(n).indices[:, None]), suppresses=tok.batch_decode((-z[:, i]).topk(n).indices[:, None])) for i in range(len(latents))]
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WHEEL', 'EMBEDDED', 'quietly', 'processes', 'leads', 'load_lm', 'stack', 'layers', 'shard', 'sharded', 'linears',
-           'hidden', 'resume', 'hidden_each', 'Head', 'head', 'special_ids']
+           'default_device', 'device_of', 'on_device', 'hidden', 'resume', 'hidden_each', 'Head', 'head', 'special_ids']
 
 # %% ../nbs/01_lm.ipynb #8f34a5a7
 import hashlib, os, subprocess, sys, tempfile, zipfile
@@ -160,6 +160,11 @@ def linears(lm, layer: int, roles=("attention", "mlp")) -> list[str]:
             if ("attention" if "att" in name else "mlp") in roles: found.append(names[id(m)])
     return found
 
+# %% ../nbs/01_lm.ipynb #bdb8444f
+def default_device(): return "cuda" if torch.cuda.is_available() else "cpu"
+def device_of(lm): return lm.get_input_embeddings().weight.device
+def on_device(lm, batch): return {k: v.to(device_of(lm)) if isinstance(v, Tensor) else v for k, v in batch.items()}
+
 # %% ../nbs/01_lm.ipynb #9473e552
 class _Reached(Exception):
     "Carries a hidden state out of a forward pass."
@@ -169,7 +174,7 @@ def _run_to(lm, module: nn.Module, before: bool, batch: dict) -> Tensor:
     def stop(module, args, kwargs, *output):
         raise _Reached(output[0] if output else args[0] if args else kwargs["hidden_states"])
     register = module.register_forward_pre_hook if before else module.register_forward_hook
-    handle = register(stop, with_kwargs=True)
+    handle, batch = register(stop, with_kwargs=True), on_device(lm, batch)
     try: lm(**batch | {"use_cache": False})
     except _Reached as reached: return reached.args[0]
     finally: handle.remove()
@@ -227,6 +232,8 @@ class Head(NamedTuple):
     bias: Tensor | None
     scale: float
     softcap: float
+
+    def float(self): return self._replace(weight=self.weight.float(), bias=None if self.bias is None else self.bias.float())
 
     def __call__(self, h: Tensor) -> Tensor:
         z = nn.functional.linear(h, self.weight, self.bias)

@@ -38,17 +38,35 @@ def schedule(step: int, steps: int, warmup: float = 0.05, decay: str = "linear")
     return min((step + 1) / up, down, 1.0)
 
 # %% ../nbs/06_loop.ipynb #41a5f311
-def _average(loss: Tensor, params: list[nn.Parameter]) -> float:
+def _average(loss: Tensor, params: list[nn.Parameter]) -> Tensor:
     "Average the gradients of `params`, in place, and the loss over all processes."
-    if not processes(): return loss.item()
+    loss = loss.detach()
+    if not processes(): return loss
     from accelerate.utils import reduce
-    *means, loss = reduce(torch.cat([*(p.grad.flatten() for p in params), loss.detach().view(1)]), "mean").split([*(p.numel() for p in params), 1])
+    *means, loss = reduce(torch.cat([*(p.grad.flatten() for p in params), loss.view(1)]), "mean").split([*(p.numel() for p in params), 1])
     for p, mean in zip(params, means): p.grad.copy_(mean.view_as(p))
-    return loss.item()
+    return loss[0]
 
 def shared(rows: Tensor) -> Tensor:
     "This process's part of the indices of a batch's rows; all of them where there is but one."
     return rows[processes().process_index::processes().num_processes] if processes() else rows
+
+# %% ../nbs/06_loop.ipynb #af3c160a
+def _adamw(params: dict, scales: dict, **settings):
+    "AdamW over `params`, with a share of the learning rate for those that `scales` names; in one kernel on a GPU."
+    shares = sorted({scales.get(n, 1.0) for n in params})
+    groups = [dict(params=[p for n, p in params.items() if scales.get(n, 1.0) == s], share=s) for s in shares]
+    on_gpu = all(p.device.type == "cuda" for p in params.values())
+    return torch.optim.AdamW(groups, fused=True if on_gpu else None, **settings)
+
+def _mean_loss(losses: list[Tensor], stop: int, checkpoint) -> float:
+    "The mean of the losses of the steps before `stop`. Raises `UsageError` where one is not a number."
+    values = torch.stack(losses).float().tolist()
+    wrong = [i for i, value in enumerate(values) if not math.isfinite(value)]
+    if wrong:
+        kept = f"the last good state is in {checkpoint}; " if checkpoint else ""
+        raise UsageError(f"the loss is {values[wrong[0]]} at step {stop - len(values) + wrong[0]}; {kept}lower the learning rate")
+    return sum(values) / len(values)
 
 # %% ../nbs/06_loop.ipynb #76a4c3cd
 def loop(losses_of, groups: list[dict], steps: int, step_tokens: int, *, lr: float, warmup=0.05, decay="linear", clip=1.0, weight_decay=0.0, betas=(0.9, 0.999),
@@ -58,38 +76,55 @@ def loop(losses_of, groups: list[dict], steps: int, step_tokens: int, *, lr: flo
     `scales` names parameters that have a share of the learning rate. `checkpoint` is a file: where it holds a run with the same `run` parameters, training goes on from it, exactly (`state` names further tensors to keep). `callback(row)` sees the first curve's rows."""
     keep_memory()
     params = {n: p for group in groups for n, p in group.items()}
-    shares = sorted({scales.get(n, 1.0) for n in params})
-    opt = torch.optim.AdamW([dict(params=[p for n, p in params.items() if scales.get(n, 1.0) == s], share=s) for s in shares], lr=lr, betas=betas, weight_decay=weight_decay)
+    opt = _adamw(params, scales, lr=lr, betas=betas, weight_decay=weight_decay)
     curves = restore(checkpoint, params, opt, run, state) or [[] for _ in groups]
     start, spent = (curves[0][-1]["step"], curves[0][-1]["seconds"]) if curves[0] else (0, 0.0)
-    every, totals, began = max(steps // points, 1), [0.0] * len(groups), time.perf_counter() - spent
+    every, began, shown = max(steps // points, 1), time.perf_counter() - spent, 0.0
+    seen = [[] for _ in groups]  # losses since the last point, on the device: reading one would wait for it
     with tqdm(total=steps * step_tokens, initial=start * step_tokens, desc=label, unit="tok", unit_scale=True, leave=False, mininterval=0.5, disable=not leads()) as bar:
         for step in range(start, steps):
             now = lr * schedule(step, steps, warmup, decay)
             for group in opt.param_groups: group["lr"] = now * group["share"]
             for i, loss in enumerate(losses_of(step)):
                 loss.backward()
-                totals[i] += (value := _average(loss, list(groups[i].values())))
-                if not math.isfinite(value): raise UsageError(f"the loss is {value} at step {step}; " + (f"the last good state is in {checkpoint}; " if checkpoint else "") + "lower the learning rate")
+                seen[i].append(_average(loss, list(groups[i].values())))
                 if clip: nn.utils.clip_grad_norm_(groups[i].values(), clip)
-            opt.step(); opt.zero_grad()
-            bar.update(step_tokens); bar.set_postfix(loss=f"{value:.4f}", refresh=False)
+            opt.step()
+            opt.zero_grad()
+            bar.update(step_tokens)
+            if time.perf_counter() - shown > 0.5:
+                shown = time.perf_counter()
+                bar.set_postfix(loss=f"{float(seen[0][-1]):.4f}", refresh=False)
             if (step + 1) % every == 0 or step + 1 == steps:
-                n, seconds = step + 1 - (curves[0][-1]["step"] if curves[0] else 0), time.perf_counter() - began
+                means, seen = [_mean_loss(values, step + 1, checkpoint) for values in seen], [[] for _ in groups]
+                seconds = time.perf_counter() - began
                 row = dict(step=step + 1, tokens=(step + 1) * step_tokens, lr=now, seconds=seconds) | (measure() if measure else {})
                 began = time.perf_counter() - seconds
-                for curve, total in zip(curves, totals): curve.append(row | dict(loss=total / n))
-                totals = [0.0] * len(groups)
+                for curve, loss in zip(curves, means): curve.append(row | dict(loss=loss))
                 if checkpoint and leads(): save(checkpoint, params, opt, run, state, curves)
                 if callback: callback(curves[0][-1])
     return curves
 
+# %% ../nbs/06_loop.ipynb #340d96ad
+def _random_states(params: dict) -> dict[str, Tensor]:
+    "The random state of the CPU, and that of the device the parameters are on: dropout draws from the latter."
+    device = next(iter(params.values())).device
+    there = {} if device.type == "cpu" else {"random/device": torch.get_device_module(device).get_rng_state()}
+    return {"random": torch.get_rng_state()} | there
+
+def _set_random_states(states: dict[str, Tensor], params: dict):
+    "Put back what `_random_states` gave; that of a device only where the parameters are on one."
+    device = next(iter(params.values())).device
+    torch.set_rng_state(states["random"])
+    if device.type != "cpu" and "random/device" in states:
+        torch.get_device_module(device).set_rng_state(states["random/device"])
+
 # %% ../nbs/06_loop.ipynb #07d1c469
 def save(path, params: dict, opt, run: dict, state: dict, curves: list[list[dict]]):
     "Write the state of a run to one safetensors file."
-    tensors = {f"param/{n}": p.detach() for n, p in params.items()} | {f"state/{n}": t for n, t in state.items()} | {"random": torch.get_rng_state()}
+    tensors = {f"param/{n}": p.detach() for n, p in params.items()} | {f"state/{n}": t for n, t in state.items()} | _random_states(params)
     for n, p in params.items(): tensors |= {f"{k}/{n}": v.detach() for k, v in opt.state[p].items()}
-    with written(path) as part: save_file({n: t.contiguous() for n, t in tensors.items()}, part, {"run": json.dumps(run, sort_keys=True), "curves": json.dumps(curves)})
+    with written(path) as part: save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, part, {"run": json.dumps(run, sort_keys=True), "curves": json.dumps(curves)})
 
 # %% ../nbs/06_loop.ipynb #054b9896
 def restore(path, params: dict, opt, run: dict, state: dict) -> list[list[dict]]:
@@ -102,6 +137,7 @@ def restore(path, params: dict, opt, run: dict, state: dict) -> list[list[dict]]
         for n, t in state.items(): t.copy_(f.get_tensor(f"state/{n}"))
         for n, p in params.items():
             p.data.copy_(f.get_tensor(f"param/{n}"))
-            opt.state[p] = {k: f.get_tensor(f"{k}/{n}").to("cpu" if k == "step" else p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
-        torch.set_rng_state(f.get_tensor("random"))
+            counter = p.device if opt.defaults["fused"] else "cpu"  # where AdamW keeps its count of steps
+            opt.state[p] = {k: f.get_tensor(f"{k}/{n}").to(counter if k == "step" else p.device) for k in ("step", "exp_avg", "exp_avg_sq")}
+        _set_random_states({n: f.get_tensor(n) for n in f.keys() if n.startswith("random")}, params)
         return json.loads(f.metadata()["curves"])

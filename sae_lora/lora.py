@@ -55,9 +55,9 @@ def add_lora(lm, saes: dict | None = None, rank: int = 16, layers="after", roles
     if rank < 1: raise UsageError(f"rank {rank}; give 1 or more")
     if lora_parameters(lm, name): raise UsageError(f"the model has an adapter {name!r} already; give another name, delete it with lm.delete_adapter, or train that one")
     targets = [name for i in _chosen(lm, layers, saes) for name in linears(lm, i, roles)]
-    with torch.random.fork_rng(), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # PEFT draws on the CPU, whatever the model's device
         lm.add_adapter(LoraConfig(r=rank, lora_alpha=alpha or rank, target_modules=targets, **options), name)
     for p in lora_parameters(lm, name).values(): p.data = p.data.float()
     lm.eval()

@@ -22,9 +22,11 @@ def losses(W: Head, h: dict[str, Tensor], targets: Tensor, teacher: str = "base"
 
     `h` holds final hidden states `(positions, width)` by model, `targets` the next tokens, −1 where there is none (that position is 0)."""
     ce, kl = {m: [] for m in h}, {m: [] for m in h if m != teacher}
+    W = W.float()
     for i in range(0, len(targets), chunk):
         t = targets[i:i + chunk]
-        log = {m: W(x[i:i + chunk]).float().log_softmax(-1) for m, x in h.items()}
+        with torch.autocast(t.device.type, enabled=False):
+            log = {m: W(x[i:i + chunk].float()).log_softmax(-1) for m, x in h.items()}
         p = log[teacher].exp()
         for m in h: ce[m].append(nn.functional.nll_loss(log[m], t, ignore_index=-1, reduction="none"))
         for m in kl: kl[m].append((p * (log[teacher] - log[m])).sum(-1) * (t >= 0))
@@ -115,7 +117,8 @@ def keep_memory():
 @lru_cache
 def bf16_pays(device: str = "cpu") -> bool:
     "Whether this machine has instructions that multiply bfloat16 matrices."
-    if device != "cpu": return torch.cuda.is_bf16_supported()
+    if device == "cuda": return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu": return False  # elsewhere float32 is the safe choice
     return any(torch.cpu.get_capabilities().get(name) for name in ("amx_bf16", "avx512_bf16", "bf16"))
 
 # %% ../nbs/05_loss.ipynb #d63ed59a

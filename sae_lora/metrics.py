@@ -9,11 +9,11 @@ __all__ = ['shared_layer', 'four_models', 'token_losses', 'bootstrap', 'fideliti
 import torch
 from torch import Tensor
 
-from .lm import head, hidden, resume
+from .lm import device_of, head, hidden, on_device, resume
 from .lora import lora_layers, only, without_lora
 from .loss import losses
-from .sae import reconstruct
-from .splice import check_saes, replaced, splice
+from .sae import pieces, reconstruct
+from .splice import at_home, check_saes, replaced, splice
 from .text import model_inputs
 
 # %% ../nbs/05_metrics.ipynb #e66e8db6
@@ -45,12 +45,11 @@ def token_losses(lm, saes: dict, rows: Tensor, keep: str = "special", batch: int
 
     `rows` are token rows as `token_blocks` makes them. The model's mode is left as it is."""
     W, parts, mode = head(lm), [], lm.training
-    device = W.weight.device
     lm.eval()
     for some in rows.split(batch):
-        inputs = model_inputs(some.to(device))
+        inputs = on_device(lm, model_inputs(some))
         ids = some if some.dim() == 2 else some[:, 0]
-        targets = ids[:, 1:].to(device)
+        targets = ids[:, 1:].to(W.weight.device)
         h = {m: x[:, :-1].flatten(0, 1) for m, x in four_models(lm, saes, inputs, keep, adapters).items()}
         part = losses(W, h, targets.flatten())
         parts.append({k: {m: v.view(targets.shape).cpu() for m, v in part[k].items()} for k in part} | {"real": {"": targets.cpu() >= 0}})
@@ -66,18 +65,33 @@ def bootstrap(figure, rows: int, samples: int = 1000, seed: int = 0) -> list[flo
     weights = torch.zeros(samples, rows, dtype=torch.double).scatter_add_(1, drawn, torch.ones(samples, rows, dtype=torch.double))
     return torch.quantile(figure(weights).double(), torch.tensor([0.025, 0.975], dtype=torch.double)).tolist()
 
+# %% ../nbs/05_metrics.ipynb #45484759
+def _by_row(t: dict, kind: str, adapter: str | None) -> dict[str, Tensor]:
+    "Losses of a kind (`ce`, `kl`), summed over each row: `{model: (rows,)}`, with the adapter's name left out."
+    out = {}
+    for model in ("base", "spliced", "adapted_unspliced", "adapted"):
+        name = f"{model}{_tag(adapter)}" if model.startswith("adapted") else model
+        if name in t[kind]: out[model] = t[kind][name].double().sum(1)
+    return out
+
+def _shares(ce: dict, kl: dict, count: Tensor) -> dict:
+    "The gap and the shares of it that are closed, each a function of how often every row was drawn."
+    def mean(by, w): return (w @ by) / (w @ count)
+    def gap(w): return mean(ce["spliced"], w) - mean(ce["base"], w)
+    def gap_closed(w): return (mean(ce["spliced"], w) - mean(ce["adapted"], w)) / gap(w)
+    def kl_closed(w): return 1 - mean(kl["adapted"], w) / mean(kl["spliced"], w)
+    return dict(gap=gap) | (dict(gap_closed=gap_closed, kl_closed=kl_closed) if "adapted" in ce else {})
+
 # %% ../nbs/05_metrics.ipynb #a5b95413
 def _report(t: dict, adapter: str | None) -> dict:
     "`fidelity` of one adapter, from the losses of all tokens."
-    full = {m: f"{m}{_tag(adapter)}" if m.startswith("adapted") else m for m in ("base", "spliced", "adapted_unspliced", "adapted")}
-    sums, count = {m: t["ce"][f].double().sum(1) for m, f in full.items() if f in t["ce"]}, t["real"].double().sum(1)
-    mean = lambda m, w: (w @ sums[m]) / (w @ count)
-    gap = lambda w: mean("spliced", w) - mean("base", w)
-    closed = lambda w: (mean("spliced", w) - mean("adapted", w)) / gap(w)
+    ce, kl = _by_row(t, "ce", adapter), _by_row(t, "kl", adapter)
+    count = t["real"].double().sum(1)
     one = torch.ones(1, len(count), dtype=torch.double)
-    figures = {"gap": gap} | ({"gap_closed": closed} if "adapted" in sums else {})
-    return dict(tokens=int(count.sum()), ce={m: float(mean(m, one)) for m in sums}, kl={m: float(t["kl"][f].double().sum() / count.sum()) for m, f in full.items() if f in t["kl"]},
-                **{name: float(f(one)) for name, f in figures.items()}, ci95={name: bootstrap(f, len(count)) for name, f in figures.items()})
+    means = {kind: {m: float(by[m].sum() / count.sum()) for m in by} for kind, by in (("ce", ce), ("kl", kl))}
+    figures = _shares(ce, kl, count)
+    return dict(tokens=int(count.sum()), **means, **{name: float(f(one)) for name, f in figures.items()},
+                ci95={name: bootstrap(f, len(count)) for name, f in figures.items()})
 
 # %% ../nbs/05_metrics.ipynb #650eefb3
 def fidelities(lm, saes: dict, rows: Tensor, adapters, keep: str = "special", batch: int = 8) -> dict[str | None, dict]:
@@ -86,7 +100,8 @@ def fidelities(lm, saes: dict, rows: Tensor, adapters, keep: str = "special", ba
     return {name: _report(t, name) for name in adapters}
 
 def fidelity(lm, saes: dict, rows: Tensor, keep: str = "special", batch: int = 8) -> dict:
-    """Loss of the four models on `rows`: `ce`, `kl`, `gap`, `gap_closed` and `ci95` (of gap and gap closed), in nats per token.
+    """Loss of the four models on `rows`, in nats per token: `ce`, `kl`, the `gap`, the shares of it that are closed, in
+    cross-entropy (`gap_closed`) and in KL (`kl_closed`), and `ci95`, the intervals of the last three.
 
     Without an adapter: base, spliced and the gap."""
     return fidelities(lm, saes, rows, [None], keep, batch)[None]
@@ -95,33 +110,52 @@ def fidelity(lm, saes: dict, rows: Tensor, keep: str = "special", batch: int = 8
 def held_out_loss(lm, saes: dict, rows: Tensor, keep: str = "special", batch: int = 8):
     "A function to give to training as `measure`: `{\"ce\": …}`, the cross-entropy on `rows` of `lm` with `saes` in, as both are when it is called."
     W, start, parts = head(lm), shared_layer(lm, saes), []
-    for some in rows.to(next(lm.parameters()).device).split(batch):
-        with torch.no_grad(): parts.append((model_inputs(some), (some if some.dim() == 2 else some[:, 0])[:, 1:], hidden(lm, model_inputs(some), start)))
+    for some in rows.split(batch):
+        inputs = on_device(lm, model_inputs(some))
+        targets = (some if some.dim() == 2 else some[:, 0])[:, 1:].to(W.weight.device)
+        with torch.no_grad(): parts.append((inputs, targets, hidden(lm, inputs, start)))
     @torch.no_grad()
     def measure() -> dict[str, float]:
         total, n = 0.0, 0
         for inputs, targets, prefix in parts:
             with resume(lm, start, prefix), splice(lm, saes, keep): h = hidden(lm, inputs, "final")[:, :-1]
-            total += float(losses(W, {"base": h.flatten(0, 1)}, targets.flatten())["ce"]["base"].double().sum())
+            total += float(losses(W, {"base": h.flatten(0, 1)}, targets.flatten())["ce"]["base"].cpu().double().sum())
             n += int((targets >= 0).sum())
         return dict(ce=total / n)
     return measure
 
+# %% ../nbs/05_metrics.ipynb #e20cef8b
+class _Scatter:
+    "Sums for the FVU of hidden states of `width` that come batch by batch; in float64, on the CPU, for not every device has it."
+    def __init__(self, width: int):
+        self.error, self.squares, self.n = 0.0, 0.0, 0
+        self.total = torch.zeros(width, dtype=torch.double)
+
+    def add(self, x: Tensor, reconstruction: Tensor):
+        self.error += float((x - reconstruction).pow(2).sum(-1).cpu().double().sum())
+        self.squares += float(x.pow(2).sum(-1).cpu().double().sum())
+        self.total += x.cpu().double().sum(0)
+        self.n += len(x)
+
+    def fvu(self) -> float: return self.error / (self.squares - float(self.total.pow(2).sum()) / self.n)
+
 # %% ../nbs/05_metrics.ipynb #aa62cf55
 @torch.no_grad()
 def sparsity(lm, sae, layer: int, rows: Tensor, keep: str = "special", batch: int = 8) -> dict:
-    "L0, FVU, explained variance and the share of dead latents of `sae` at `layer`, over the positions of `rows` that the splice would replace; `stray` counts those left out of the FVU: their norm is over ten times their batch's median."
-    fired, l0, error, n, usual = torch.zeros(sae.cfg.d_sae), 0.0, 0.0, 0, 0
-    total, squares = torch.zeros(sae.cfg.d_in, dtype=torch.double), 0.0
-    device = next(lm.parameters()).device
+    """L0, FVU, explained variance and the share of dead latents of `sae` at `layer`, over the positions of `rows` that the splice
+    would replace; `stray` counts those left out of the FVU: their norm is over ten times their batch's median."""
+    sae = at_home(lm, sae, layer)
+    fired, l0, n = torch.zeros(sae.cfg.d_sae), 0.0, 0
+    scatter = _Scatter(sae.cfg.d_in)
     for some in rows.split(batch):
-        x = replaced(lm, model_inputs(some.to(device)), layer, keep).float()
-        f = sae.encode(x) > 0
-        fired += f.sum(0).cpu(); l0 += float(f.sum()); n += len(x)
+        x = replaced(lm, on_device(lm, model_inputs(some)), layer, keep).float()
+        for piece in pieces(sae, x):
+            f = sae.encode(piece) > 0
+            fired += f.sum(0).cpu()
+            l0 += float(f.sum())
+        n += len(x)
         norm = x.norm(dim=-1)
         x = x[norm < 10 * norm.median()]
-        usual += len(x)
-        error += float((x - reconstruct(sae, x)).double().pow(2).sum())
-        total += x.double().sum(0).cpu(); squares += float(x.double().pow(2).sum())
-    fvu = error / (squares - float(total.pow(2).sum()) / usual)
-    return dict(positions=n, stray=n - usual, l0=l0 / n, fvu=fvu, explained_variance=1 - fvu, dead=float((fired == 0).float().mean()))
+        scatter.add(x, reconstruct(sae, x))
+    fvu = scatter.fvu()
+    return dict(positions=n, stray=n - scatter.n, l0=l0 / n, fvu=fvu, explained_variance=1 - fvu, dead=float((fired == 0).float().mean()))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import UsageError
-from .lm import head
+from .lm import head, on_device
 from .metrics import bootstrap, four_models, losses
 from .splice import Identity, check_saes, fvu
 from .steering import latents_at, text_rows
@@ -37,12 +37,13 @@ def loss_recovered(lm, saes: dict, rows: Tensor, clean: str = "base", keep: str 
     spliced = "spliced" if clean == "base" else "adapted"
     zeros = {layer: Zero(s.cfg.d_in) for layer, s in check_saes(lm, saes).items()}
     W, total, n = head(lm), {}, 0
-    for some in rows.to(W.weight.device).split(batch):
-        inputs, ids = model_inputs(some), some if some.dim() == 2 else some[:, 0]
+    for some in rows.split(batch):
+        inputs = on_device(lm, model_inputs(some))
+        ids = (some if some.dim() == 2 else some[:, 0]).to(W.weight.device)
         found, nothing = (four_models(lm, s, inputs, keep) for s in (saes, zeros))
         h = {m: x[:, :-1].flatten(0, 1) for m, x in {"clean": found[clean], "sae": found[spliced], "zero": nothing[spliced]}.items()}
         for kind, by in losses(W, h, ids[:, 1:].flatten(), teacher="clean").items():
-            for m, x in by.items(): total[f"{kind}_{m}"] = total.get(f"{kind}_{m}", 0) + float(x.double().sum())
+            for m, x in by.items(): total[f"{kind}_{m}"] = total.get(f"{kind}_{m}", 0) + float(x.cpu().double().sum())
         n += int((ids[:, 1:] >= 0).sum())
     t = {k: v / n for k, v in total.items()}
     return dict(clean=clean, loss_recovered=(t["ce_zero"] - t["ce_sae"]) / (t["ce_zero"] - t["ce_clean"]), kl_score=1 - t["kl_sae"] / t["kl_zero"], **t)
@@ -148,7 +149,7 @@ def _removed(X: Tensor, F: Tensor, D: Tensor, latents: Tensor) -> np.ndarray:
 # %% ../nbs/07b_saebench.ipynb #544dd893
 def tpp(X: Tensor, F: Tensor, D: Tensor, labels, n: int = 10, train: float = 0.7, seed: int = 0) -> dict:
     "Targeted probe perturbation on points `X` `(items, width)` with latents `F` and decoder rows `D`, the top `n` latents of each class removed. Contested: see above."
-    y = np.asarray(labels)
+    y, D = np.asarray(labels), D.to(X)
     fit, test = _halves(y, train, seed)
     probes, cut, at = {}, {}, {}
     for c in np.unique(y):
@@ -167,7 +168,7 @@ def tpp(X: Tensor, F: Tensor, D: Tensor, labels, n: int = 10, train: float = 0.7
 def scr(X: Tensor, F: Tensor, D: Tensor, wanted, unwanted, n: int = 10, seed: int = 0) -> dict:
     "Spurious correlation removal on points `X` with latents `F`, decoder rows `D` and two concepts, booleans `(items,)`; the top `n` latents of `unwanted` removed. Contested: see above."
     a, b = (torch.as_tensor(np.asarray(v, dtype=bool)) for v in (wanted, unwanted))
-    cell = (2 * a.long() + b.long()).numpy()
+    cell, D = (2 * a.long() + b.long()).numpy(), D.to(X)
     fit, test = _halves(cell, 0.5, seed)
     least = min(int((cell[test] == c).sum()) for c in range(4))
     if least < 2: raise UsageError("each of the four combinations of the two concepts needs four items or more")
@@ -182,7 +183,7 @@ def scr(X: Tensor, F: Tensor, D: Tensor, wanted, unwanted, n: int = 10, seed: in
 # %% ../nbs/07b_saebench.ipynb #415e95a1
 def absorbed(x: Tensor, f: Tensor, D: Tensor, p: Tensor, main: list[int]) -> tuple[Tensor, Tensor]:
     "Full absorption (bool) and absorption fraction, `(words,)`, from hidden states `(words, width)`, latents, decoder rows, a letter's direction and its main latents."
-    p = p / p.norm()
+    p, D = p.to(x) / p.norm(), D.to(x)
     cos, along = nn.functional.cosine_similarity(D, p[None]), x @ p
     a = f * cos
     top = a.argmax(1)
@@ -222,7 +223,7 @@ def absorption(lm, tok, sae, layer: int, letters: str = "abcdefghijklmnopqrstuvw
     rows = text_rows(texts, tok, 64)
     at = (rows >= 0).sum(1) - 1 - len(tok(" has the first letter:", add_special_tokens=False).input_ids)
     got = [latents_at(lm, sae, layer, some)[:2] for some in rows.split(16)]
-    X, F = (torch.cat([part[i][torch.arange(len(part[i])), at[16 * j:16 * j + len(part[i])]].float() for j, part in enumerate(got)]) for i in (0, 1))
+    X, F = (torch.cat([part[i].cpu()[torch.arange(len(part[i])), at[16 * j:16 * j + len(part[i])]].float() for j, part in enumerate(got)]) for i in (0, 1))
     fit, test = _halves(y, 0.7, seed)
     out, D = {}, decoder(sae)
     for c in letters:

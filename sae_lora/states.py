@@ -11,15 +11,30 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .files import cache_path, written
-from .lm import head, hidden, hidden_each, layers, stack
+from .lm import device_of, hidden, hidden_each, layers, on_device, stack
 from .loss import arithmetic, keep_memory, prepared
 from .lora import without_lora
 from .splice import replaceable
 from .text import model_inputs
+
+# %% ../nbs/05_states.ipynb #a84afab8
+_MIX = (-0x61c8864680b583eb, -0x4b47d0c5a1a2b3d1, 0x2545f4914f6cdd1d)  # odd numbers of 64 bits
+
+def _mixed(t: Tensor, piece: int = 2**22) -> int:
+    "A number of 64 bits that depends on every bit of a tensor and on where it stands, computed where the tensor lies: gigabytes of weights need not leave a GPU."
+    raw = t.detach().contiguous().flatten().view(torch.uint8)
+    words = nn.functional.pad(raw, (0, -len(raw) % 8)).view(torch.int64)
+    total = torch.zeros((), dtype=torch.int64, device=t.device)
+    for start in range(0, len(words), piece):
+        some = words[start:start + piece]
+        place = torch.arange(start, start + len(some), device=t.device)
+        x = (some ^ (place * _MIX[0])) * _MIX[1]
+        total += ((x ^ (x >> 29)) * _MIX[2]).sum()
+    return int(total)
 
 # %% ../nbs/05_states.ipynb #6f9eec72
 def _states_path(lm, rows: Tensor, layer, *what) -> Path:
@@ -27,7 +42,7 @@ def _states_path(lm, rows: Tensor, layer, *what) -> Path:
     digest = hashlib.sha256(repr((layer, *what)).encode() + rows.numpy().tobytes())
     for part in [stack(lm)] if layer == "final" else [lm.get_input_embeddings(), *layers(lm)[:layer + 1]]:
         for name, value in part.state_dict().items():
-            if "lora_" not in name: digest.update(name.replace(".base_layer", "").encode() + value.contiguous().flatten().view(torch.uint8).cpu().numpy().tobytes())
+            if "lora_" not in name: digest.update(f"{name.replace('.base_layer', '')} {value.dtype} {_mixed(value)}".encode())
     return cache_path("states", f"{digest.hexdigest()[:16]}.{'both' if layer == 'final' else 'bf16'}")
 
 # %% ../nbs/05_states.ipynb #0ebeb2c5
@@ -53,13 +68,13 @@ def harvest(lm, rows: Tensor, layer: int | list[int], keep: str = "special", bat
     """Hidden states at `layer` that a splice would replace, `(positions, width)`, bfloat16; for several layers a list, from one pass.
 
     If `cached`, they are memory-mapped from a file in the cache for each layer, computed once for these weights and rows."""
-    at, device, width = layer if isinstance(layer, list) else [layer], next(lm.parameters()).device, lm.config.get_text_config().hidden_size
-    context = arithmetic(device)
+    at, width = layer if isinstance(layer, list) else [layer], lm.config.get_text_config().hidden_size
+    context = arithmetic(device_of(lm))
     paths = {i: _states_path(lm, rows, i, keep, context._enabled) if cached else None for i in at}
     missing = sorted(i for i, path in paths.items() if not (path and path.exists()))
     def chunks():
         for some in tqdm(rows.split(batch), desc=f"hidden states at layer {', '.join(map(str, missing))}", leave=False):
-            inputs = model_inputs(some.to(device))
+            inputs = on_device(lm, model_inputs(some))
             where = replaceable(lm, inputs, keep)
             with context: found = [h[where] for h in hidden_each(lm, inputs, missing)]
             yield found
@@ -72,13 +87,13 @@ def harvest(lm, rows: Tensor, layer: int | list[int], keep: str = "special", bat
 @torch.no_grad()
 def known_states(lm, rows: Tensor, layer: int, context, batch: int = 8) -> Tensor:
     "Hidden states of *base* at `layer` and before the head, `(rows, 2, positions, width)`, computed in `context`, which `arithmetic` gave, and memory-mapped from a file in the cache."
-    W, embed = head(lm).weight, lm.get_input_embeddings().weight
+    embed = lm.get_input_embeddings().weight
     path = _states_path(lm, rows, "final", layer, context._enabled)
     def chunks():
         for some in tqdm(rows.split(batch), desc=f"prefix to layer {layer}, and teacher", leave=False):
             with context, without_lora(lm):
-                yield [torch.stack(list(hidden_each(lm, model_inputs(some.to(W.device)), [layer, "final"])), 1)]
+                yield [torch.stack(list(hidden_each(lm, model_inputs(some), [layer, "final"])), 1)]
     if not path.exists():
         with prepared(lm, context, rows.shape[-1]): _gathered(chunks(), 2 * rows.numel() * embed.shape[1], embed.dtype, [path])
-    hidden(lm, model_inputs(rows[:1, :2].to(W.device)), layer)  # `resume` has to have seen a block's output
+    hidden(lm, model_inputs(rows[:1, :2]), layer)  # `resume` has to have seen a block's output
     return _mapped(path, embed.dtype).view(len(rows), 2, rows.shape[-1], -1)

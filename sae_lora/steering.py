@@ -13,10 +13,11 @@ from scipy import stats
 from torch import Tensor, nn
 
 from .files import UsageError
-from .lm import head, hidden, special_ids
+from .lm import head, hidden, on_device
 from .lora import without_lora
 from .metrics import losses
-from .splice import positions_kept, splice
+from .sae import PIECE
+from .splice import at_home, replaceable, splice
 from .tasks import as_model, models
 from .text import model_inputs, token_blocks
 
@@ -25,7 +26,8 @@ class Steered(nn.Module):
     "Stands where an SAE stands in a splice, and gives h + α (h·d) d for hidden states h `(…, width)`, d a unit vector."
     def __init__(self, d: Tensor, alpha: float):
         super().__init__()
-        self.d, self.alpha = d, alpha
+        self.register_buffer("d", d)  # so that it goes to a device as an SAE does
+        self.alpha = alpha
         self.cfg = type("SteeredConfig", (), {"d_in": len(d), "architecture": lambda self: "steered"})()
 
     def forward(self, h: Tensor) -> Tensor:
@@ -49,15 +51,15 @@ def text_rows(texts: list[str], tok, length: int = 64) -> Tensor:
 @torch.no_grad()
 def latents_at(lm, sae, layer: int, rows: Tensor, keep: str = "special") -> tuple[Tensor, Tensor, Tensor]:
     "Hidden states `(rows, length, width)`, latents `(rows, length, d_sae)`, and which positions count `(rows, length)`; the others' latents are 0. `lm` is taken as it stands."
-    inputs = model_inputs(rows.to(next(lm.parameters()).device))
+    inputs, sae = on_device(lm, model_inputs(rows)), at_home(lm, sae, layer)
     h, ids = hidden(lm, inputs, layer), inputs["input_ids"]
-    real = inputs.get("attention_mask", torch.ones_like(ids)).bool()
-    if keep != "none": real = real & ~positions_kept(ids, ids.shape[1], special_ids(lm), inputs.get("attention_mask"), inputs.get("position_ids"), device=ids.device)
-    return h, sae.encode(h.to(sae.W_dec.dtype)) * real[..., None], real
+    real = inputs.get("attention_mask", torch.ones_like(ids)).bool() & replaceable(lm, inputs, keep)
+    return h, sae.encode(h.to(sae.W_dec.dtype)).mul_(real[..., None]), real
 
 # %% ../nbs/07a_steering.ipynb #731d5751
 def firing(lm, sae, layer: int, rows: Tensor, latents: list[int], keep: str = "special", batch: int = 8) -> Tensor:
     "Activations `(rows, length, latents)` of chosen latents; 0 where a position is kept or padding. `lm` is taken as it stands."
+    batch = min(batch, max(PIECE // (rows.shape[-1] * sae.cfg.d_sae), 1))  # rows of a wide SAE's latents
     return torch.cat([latents_at(lm, sae, layer, some, keep)[1][..., latents].cpu() for some in rows.split(batch)])
 
 def passages(activations: Tensor, n: int = 20, window: int = 32) -> list[tuple[int, int, int]]:
@@ -81,8 +83,8 @@ def positives(lm, tok, sae, layer: int, latent: int, rows: Tensor, n: int = 20, 
 def log_likelihoods(lm, rows: Tensor, batch: int = 8) -> dict[str, Tensor]:
     "Mean log-probability `(rows,)` of the tokens of each row, in nats: `fixed`, and `published`, off by one position as in the original code."
     W, out = head(lm), {"fixed": [], "published": []}
-    for some in rows.to(W.weight.device).split(batch):
-        h, ids = hidden(lm, model_inputs(some), "final"), some[:, 1:]
+    for some in rows.split(batch):
+        h, ids = hidden(lm, model_inputs(some), "final"), some[:, 1:].to(W.weight.device)
         for kind, at in (("fixed", h[:, :-1]), ("published", h[:, 1:])):
             ce = losses(W, {"base": at.flatten(0, 1)}, ids.flatten())["ce"]["base"].view(ids.shape)
             out[kind].append((-ce.sum(1) / (ids >= 0).sum(1)).cpu())

@@ -15,22 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from .files import UsageError
-from .lm import Head, head, hidden, processes, resume, sharded
+from .lm import Head, default_device, device_of, head, hidden, on_device, processes, resume, sharded
 from .loop import loop, order, shared
 from .loss import arithmetic, attention, can_compile, compiled, kl_loss, prepared
 from .lora import lora_parameters, only, without_lora
 from .metrics import shared_layer
 from .sae import fingerprint, reconstruct
-from .splice import check_saes, splice
+from .splice import at_home, check_saes, splice
 from .states import harvest, known_states
 from .text import model_inputs
 
 # %% ../nbs/06_train.ipynb #1b3cd4c8
-def _weight(real: Tensor) -> float | Tensor:
+def _weight(batch: dict) -> float | Tensor:
     "What this process's mean loss counts for in the mean over processes: its share of the positions that are not padding, times their number."
-    if not processes() or bool(real.all()): return 1.0
+    if not processes(): return 1.0
     from accelerate.utils import reduce
-    return real.sum() / reduce(real.sum().float(), "mean")
+    ids = batch["input_ids"]
+    real = batch.get("attention_mask", torch.ones_like(ids)).sum().float()
+    return real / reduce(real, "mean")
 
 # %% ../nbs/06_train.ipynb #3337132e
 SHARED = 2**28  # bytes of the teacher's logits that may be kept for the next student on the same batch
@@ -40,18 +42,18 @@ def distill_each(lm, students: dict, W: Head, batch: dict, keep: str = "special"
 
     `students` maps the name of an adapter (`None`: the active one) to the SAEs that go in with it. Prefix and teacher run once for all, and small logits of the teacher's are kept.
     With `keep_unspliced` λ > 0, λ times the KL per position from *base* to *adapted, unspliced* is added. `known` is what `known_states` kept of this batch, where it did."""
-    start = min(shared_layer(lm, saes) for saes in students.values())
+    start, batch = min(shared_layer(lm, saes) for saes in students.values()), on_device(lm, batch)
     with torch.no_grad(): prefix = hidden(lm, batch, start) if known is None else known[0]
-    real = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"], dtype=torch.bool)
+    def real(h): return h[batch["attention_mask"].bool()] if "attention_mask" in batch else h.flatten(0, 1)
     with resume(lm, start, prefix):
-        with torch.no_grad(), without_lora(lm): teacher = (hidden(lm, batch, "final") if known is None else known[1])[real]
+        with torch.no_grad(), without_lora(lm): teacher = real(hidden(lm, batch, "final") if known is None else known[1])
         kept = {} if (len(students) > 1 or keep_unspliced) and len(teacher) * len(W.weight) * W.weight.element_size() <= SHARED else None
         for adapter, saes in students.items():
             with only(lm, adapter):
                 with splice(lm, saes, keep): student = hidden(lm, batch, "final")
-                loss = kl_loss(W, student[real], teacher, kept=kept)
-                if keep_unspliced: loss = loss + keep_unspliced * kl_loss(W, hidden(lm, batch, "final")[real], teacher, kept=kept)
-            yield loss * _weight(real)
+                loss = kl_loss(W, real(student), teacher, kept=kept)
+                if keep_unspliced: loss = loss + keep_unspliced * kl_loss(W, real(hidden(lm, batch, "final")), teacher, kept=kept)
+            yield loss * _weight(batch)
 
 def distill(lm, saes: dict, W: Head, batch: dict, keep: str = "special") -> Tensor:
     "`distill_each` for the one student that there mostly is."
@@ -60,8 +62,9 @@ def distill(lm, saes: dict, W: Head, batch: dict, keep: str = "special") -> Tens
 # %% ../nbs/06_train.ipynb #dd809f22
 def distill_published(lm, saes: dict, W: Head, batch: dict, keep: str = "none") -> Tensor:
     "The published loss: full passes, logits of every position at once, KL summed over positions and averaged over rows."
-    with torch.no_grad(), without_lora(lm): teacher = lm(**batch | {"use_cache": False}).logits.float().softmax(-1)
-    with splice(lm, saes, keep): student = lm(**batch | {"use_cache": False}).logits.float().log_softmax(-1)
+    batch = on_device(lm, batch) | {"use_cache": False}
+    with torch.no_grad(), without_lora(lm): teacher = lm(**batch).logits.float().softmax(-1)
+    with splice(lm, saes, keep): student = lm(**batch).logits.float().log_softmax(-1)
     return nn.functional.kl_div(student, teacher, reduction="batchmean")
 
 def _published_each(lm, students: dict, W: Head, batch: dict, keep: str):
@@ -112,7 +115,8 @@ def _fit_kl(lm, students: dict, groups: list[dict], rows: Tensor, tokens: int, r
     states = known_states(lm, rows[used], min(shared_layer(lm, saes) for saes in students.values()), fast) if cached else None
     def losses_of(step):
         which = shared(at(step))
-        some, known = model_inputs(rows[which].to(device)), states[torch.searchsorted(used, which)].to(device).unbind(1) if cached else None
+        some = on_device(lm, model_inputs(rows[which]))
+        known = states[torch.searchsorted(used, which)].to(device).unbind(1) if cached else None
         with fast: yield from _published_each(lm, students, W, some, keep) if published else distill_each(lm, students, W, some, keep, keep_unspliced, known)
     def measured():
         with fast: return measure()  # the frozen weights are in bfloat16 meanwhile
@@ -178,12 +182,12 @@ class LinearAdapter(nn.Module):
     def encode(self, x: Tensor) -> Tensor: return self.sae.encode(x)
     def forward(self, x: Tensor) -> Tensor:
         y = reconstruct(self.sae, x)
-        return y + y @ self.A.T @ self.B.T
+        return y + (y.to(self.A.dtype) @ self.A.T @ self.B.T).to(y.dtype)  # the map is float32, whatever the model is
 
 # %% ../nbs/06_train.ipynb #6a1c8d48
 def fit_linear(lm, saes: dict, rows: Tensor, tokens: int = 65_536, rank: int = 64, **options) -> tuple[dict, list[dict]]:
     "Train a linear map of rank `rank` after each SAE with the KL objective: the SAEs with their maps, to be spliced like any others, and the curve."
-    adapted = {i: LinearAdapter(sae, rank, options.get("seed", 0)).to(sae.W_dec.device) for i, sae in check_saes(lm, saes).items()}
+    adapted = check_saes(lm, {i: LinearAdapter(sae, rank, options.get("seed", 0)) for i, sae in check_saes(lm, saes).items()})
     params = {f"{i}.{n}": p for i, sae in adapted.items() for n, p in _trained(sae, ("A", "B")).items()}
     return adapted, _fit_kl(lm, {None: adapted}, [params], rows, tokens, "fast", **options)[0]
 
@@ -194,11 +198,11 @@ def new_sae(x: Tensor, width: int, k: int, seed: int = 0, **metadata):
     from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
     x = x[:65_536].float()
     factor = float((x - x.mean(0)).pow(2).mean().rsqrt())
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=x.shape[1], d_sae=width, k=k, metadata=SAEMetadata(**metadata)))
-    sae.b_dec.data = x.mean(0) * factor
-    return sae, factor
+    sae.b_dec.data = x.mean(0).cpu() * factor
+    return sae.to(x.device), factor
 
 # %% ../nbs/06_train.ipynb #dcb39f09
 @torch.no_grad()
@@ -207,22 +211,33 @@ def unscaled(sae, factor: float):
     from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
     norm = sae.W_dec.norm(dim=-1)
     out = TopKSAE(TopKSAEConfig(d_in=sae.cfg.d_in, d_sae=sae.cfg.d_sae, k=sae.cfg.k, metadata=sae.cfg.metadata))
-    out.load_state_dict(dict(W_enc=sae.W_enc * norm, b_enc=sae.b_enc * norm / factor, W_dec=sae.W_dec / norm[:, None], b_dec=sae.b_dec / factor))
+    out.to(sae.W_dec.device).load_state_dict(dict(W_enc=sae.W_enc * norm, b_enc=sae.b_enc * norm / factor, W_dec=sae.W_dec / norm[:, None], b_dec=sae.b_dec / factor))
     return out.eval().requires_grad_(False)
 
+# %% ../nbs/06_train.ipynb #c1764e14
+def _brought(x: Tensor, device: torch.device) -> Tensor:
+    "Hidden states on `device` where it is a GPU with twice the room for them, else where they are: gathered there, batches need no copy."
+    if device.type != "cuda" or x.device.type == "cuda": return x
+    free, _ = torch.cuda.mem_get_info(device)
+    return x.to(device) if 2 * x.numel() * x.element_size() < free else x
+
 # %% ../nbs/06_train.ipynb #2525d3cd
-def fit_sae(x: Tensor, tokens: int, width: int = 4608, k: int = 32, lr: float = 2e-3, batch: int = 1024, seed: int = 0, dead_after: int = 200_000, metadata: dict = {}, **options) -> tuple:
+def fit_sae(x: Tensor, tokens: int, width: int = 4608, k: int = 32, lr: float = 2e-3, batch: int = 1024, seed: int = 0, dead_after: int = 200_000,
+            metadata: dict = {}, device=None, **options) -> tuple:
     """Train a TopK SAE to reconstruct hidden states `x` `(positions, width of the model)`: the SAE and the curve, whose `loss` is the FVU plus the auxiliary loss.
 
-    Stray attention sinks (norm over ten times the median, one position in thousands) are left out: one of them weighs as much as ten thousand others. `tokens` counts positions, in random order, several times over where it exceeds them; a latent is dead after `dead_after` positions without firing. `options` go to `loop`."""
+    Stray attention sinks (norm over ten times the median, one position in thousands) are left out: one of them weighs as much as ten thousand others. `tokens` counts positions, in random order, several times over where it exceeds them; a latent is dead after `dead_after` positions without firing. It happens on `device`, by default that of `x`, or for `x` on the CPU
+    that of `load_lm`; `x` is taken there whole where it fits. `options` go to `loop`."""
     from sae_lens.saes.sae import TrainStepInput
-    norm = torch.cat([c.float().norm(dim=-1) for c in x.split(2**16)])
-    usual = (norm < 10 * norm.median()).nonzero()[:, 0]
-    sae, factor = new_sae(x[usual[:65_536]], width, k, seed, **metadata)
-    at, silent = order(len(usual), batch, seed), torch.zeros(width, dtype=torch.long)
+    device = torch.device(device or (default_device() if x.device.type == "cpu" else x.device))
+    x = _brought(x, device)
+    norm = torch.cat([c.to(device).float().norm(dim=-1) for c in x.split(2**16)])
+    usual = (norm < 10 * norm.median()).nonzero()[:, 0].to(x.device)
+    sae, factor = new_sae(x[usual[:65_536]].to(device), width, k, seed, **metadata)
+    at, silent = order(len(usual), batch, seed), torch.zeros(width, dtype=torch.long, device=device)
     def losses_of(step):
-        dead = silent > dead_after
-        with arithmetic("cpu"): out = sae.training_forward_pass(TrainStepInput(x[usual[at(step)]].float() * factor, {}, dead, step, False))
+        some, dead = x[usual[at(step).to(x.device)]].to(device).float() * factor, silent > dead_after
+        with arithmetic(device): out = sae.training_forward_pass(TrainStepInput(some, {}, dead, step, False))
         silent.add_(batch).masked_fill_((out.feature_acts > 0).any(0), 0)
         yield out.loss / x.shape[1]
     run = dict(tokens=tokens, width=width, k=k, lr=lr, batch=batch, seed=seed, positions=len(usual))
@@ -233,7 +248,7 @@ def fit_sae(x: Tensor, tokens: int, width: int = 4608, k: int = 32, lr: float = 
 def untrained_sae(lm, layer: int, rows: Tensor, width: int = 4608, k: int = 32, seed: int = 0):
     "A TopK SAE with random weights for `lm` at `layer`, on the device of `lm`; its scale and its decoder bias are those of the hidden states of a few of the `rows`."
     sae, factor = new_sae(harvest(lm, rows[:64], layer), width, k, seed, hook_name=f"blocks.{layer}.hook_resid_post", model_name=lm.name_or_path)
-    return unscaled(sae, factor).to(next(lm.parameters()).device)
+    return at_home(lm, unscaled(sae, factor), layer)
 
 def fit_e2e(lm, layer: int, rows: Tensor, tokens: int, width: int = 4608, k: int = 32, **options) -> tuple:
     "Train a TopK SAE at `layer` from random weights with the KL objective alone: the SAE and the curve."
