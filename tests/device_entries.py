@@ -4,27 +4,35 @@ An entry is a function of a device and a dtype that calls public functions as a 
 is on the device, and everything else is left where the package puts it (SAEs as `load_sae` gives
 them, rows as `token_blocks` does). It returns numbers, which have to be those of the CPU.
 """
+import importlib
 import json
 import os
+import pkgutil
 import random
 import sys
 import tempfile
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from functools import lru_cache, partial
+from functools import lru_cache
 from io import StringIO
-from itertools import product
 from pathlib import Path
+from types import FunctionType
 from typing import Callable, NamedTuple
 from unittest.mock import patch
 
 import torch
 from conftest import random_sae, tiny
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
+import sae_lora
 from sae_lora import cli, experiments, latents, loop, lora, loss, metrics, results
 from sae_lora import lm as models_of
 from sae_lora import sae as saes_of
 from sae_lora import saebench, splice, states, steering, tasks, text, train
+
+
+MODULES = [m.name for m in pkgutil.iter_modules(sae_lora.__path__) if m.name[0] != "_"]
+PACKAGE = [importlib.import_module(f"sae_lora.{name}") for name in MODULES]
 
 
 class Entry(NamedTuple):
@@ -36,14 +44,18 @@ class Entry(NamedTuple):
 ENTRIES: dict[str, Entry] = {}
 
 
-def covers(*names, **choices):
-    "Register a function as an entry, or as one for each combination of its further arguments."
+def covers(*names, each=((),)):
+    "Register a function as an entry, or as one for each tuple of further arguments."
     def register(function):
-        for values in product(*choices.values()):
-            name = "-".join([function.__name__, *map(str, values)])
-            ENTRIES[name] = Entry(partial(function, **dict(zip(choices, values))), names)
+        for more in each:
+            name = "-".join([function.__name__, *map(str, more)])
+            run = lambda device, dtype, more=more: function(device, dtype, *more)
+            ENTRIES[name] = Entry(run, names)
         return function
     return register
+
+
+KINDS = [("topk",), ("jumprelu",)]
 
 
 # What the entries share: a tokenizer, models, SAEs and text, all tiny and on disk.
@@ -105,6 +117,8 @@ def sae_folder(kind: str = "topk", layer: int = 1) -> Path:
     with torch.no_grad():
         sae.W_dec.copy_(torch.cat([q, -q]))
         sae.W_enc.copy_(sae.W_dec.T)
+        if kind == "jumprelu":
+            sae.threshold.mul_(3)  # enough is lost for an adapter to win something back
     saes_of.save_sae(sae, room(f"sae-{kind}-{layer}"))
     return room(f"sae-{kind}-{layer}")
 
@@ -160,7 +174,7 @@ def adapted(device, dtype, kind: str = "topk", architecture: str = "llama") -> t
     return lm, tok, {1: sae(kind)}
 
 
-RUN = dict(tokens=16 * 16, batch=2)  # eight steps
+RUN = dict(tokens=4 * 2 * 16, batch=2)  # four steps
 
 
 def parameters(lm, name=None) -> dict[str, Tensor]:
@@ -177,8 +191,8 @@ def losses_of(curve: list[dict]) -> list[float]:
 
 @covers("lm.load_lm", "lm.stack", "lm.layers", "lm.linears", "lm.special_ids", "lm.hidden",
         "lm.resume", "lm.hidden_each", "lm.head", "lm.Head", "text.model_inputs", "text.Blocks",
-        "text.token_blocks", "text.separator", "lm.quietly",
-        architecture=["llama", "gemma3", "gpt2"])
+        "text.token_blocks", "text.separator", "lm.quietly", "lm.on_device", "lm.device_of",
+        each=[("llama",), ("gemma3",), ("gpt2",)])
 def passes(device, dtype, architecture):
     lm, _ = loaded(device, dtype, architecture)
     W, out = models_of.head(lm), {"special": models_of.special_ids(lm)}
@@ -195,7 +209,8 @@ def passes(device, dtype, architecture):
 @covers("splice.splice", "splice.Splice", "splice.check_saes", "splice.check_fit", "splice.fvu",
         "splice.replaced", "splice.replaceable", "splice.positions_kept", "splice.Identity",
         "sae.load_sae", "sae.reconstruct", "sae.active", "sae.hook_name", "sae.site",
-        "sae.fingerprint", kind=["topk", "jumprelu"], architecture=["llama", "gemma2", "gpt2"])
+        "sae.fingerprint", "sae.pieces", "splice.at_home",
+        each=[(k, a) for k in ("topk", "jumprelu") for a in ("llama", "gemma2", "gpt2")])
 def splices(device, dtype, kind, architecture):
     lm, _ = loaded(device, dtype, architecture)
     out = {}
@@ -212,12 +227,15 @@ def splices(device, dtype, kind, architecture):
     with torch.no_grad():
         found = saes_of.reconstruct(own, x)
         active = saes_of.active(own, x.float())[0].sort().values if kind == "topk" else None
+        with patch.object(saes_of, "PIECE", 64 * 5):  # five positions at a time
+            parted = saes_of.reconstruct(own, x)
     where = splice.replaceable(lm, batch)
-    return out | dict(x=x, found=found, active=active, fvu=splice.fvu(x.float(), found.float()),
-                      where=where, fingerprint=saes_of.fingerprint(own))
+    return out | dict(x=x, found=found, active=active, parted=parted,
+                      fvu=splice.fvu(x.float(), found.float()), where=where,
+                      fingerprint=saes_of.fingerprint(own))
 
 
-@covers("splice.splice", "sae.load_sae", kind=["topk", "jumprelu"])
+@covers("splice.splice", "sae.load_sae", each=KINDS)
 def generation(device, dtype, kind):
     lm, tok, saes = adapted(device, dtype, kind)
     ids = blocks().valid[:2, :6].to(device)  # Hugging Face's own function takes what is there
@@ -242,7 +260,7 @@ def saes_saved_from_the_device(device, dtype):
 # Adapters.
 
 @covers("lora.add_lora", "lora.lora_parameters", "lora.lora_layers", "lora.without_lora",
-        "lora.only", "lm.linears", architecture=["llama", "gemma2", "gpt2"])
+        "lora.only", "lm.linears", each=[("llama",), ("gemma2",), ("gpt2",)])
 def adapters(device, dtype, architecture):
     lm, _ = loaded(device, dtype, architecture)
     batch, out = text.model_inputs(blocks().train[:4]), {}
@@ -259,7 +277,7 @@ def adapters(device, dtype, architecture):
 
 
 @covers("lora.save_adapter", "lora.attach_adapter", "lora.load_adapter", "lora.Adapted",
-        kind=["topk", "jumprelu"])
+        each=KINDS)
 def adapters_saved_and_loaded(device, dtype, kind):
     lm, _, saes = adapted(device, dtype, kind)
     folder, rows = fresh(), blocks().valid
@@ -283,27 +301,24 @@ def adapters_saved_and_loaded(device, dtype, kind):
 
 @covers("metrics.fidelity", "metrics.fidelities", "metrics.token_losses", "metrics.held_out_loss",
         "metrics.sparsity", "metrics.four_models", "metrics.shared_layer", "metrics.bootstrap",
-        "loss.losses", kind=["topk", "jumprelu"], rows=list(ROWS))
+        "loss.losses", each=[*(("topk", r) for r in ROWS), ("jumprelu", "padded")])
 def measures(device, dtype, kind, rows):
-    valid = blocks(rows).valid
-    out = {}
-    for name, measure in {
-        "fidelity": lambda lm, s: metrics.fidelity(lm, s, valid),
-        "fidelities": lambda lm, s: metrics.fidelities(lm, s, valid, ["default"]),
-        "tokens": lambda lm, s: metrics.token_losses(lm, s, valid, batch=5),
-        "held_out": lambda lm, s: metrics.held_out_loss(lm, s, valid)(),
-        "sparsity": lambda lm, s: metrics.sparsity(lm, s[1], 1, valid),
-        "four": lambda lm, s: metrics.four_models(lm, s, text.model_inputs(valid[:2])),
-        "shared": lambda lm, s: metrics.shared_layer(lm, s),
-    }.items():
-        lm, _, saes = adapted(device, dtype, kind)
-        with torch.no_grad():
-            out[name] = measure(lm, saes)
+    lm, _, saes = adapted(device, dtype, kind)
+    valid, out = blocks(rows).valid, {"shared": metrics.shared_layer(lm, saes)}
+    fresh_saes = lambda: {1: sae(kind)}  # on the CPU, for each measure again
+    out["fidelity"] = metrics.fidelity(lm, fresh_saes(), valid)
+    out["fidelities"] = metrics.fidelities(lm, fresh_saes(), valid, ["default"])
+    out["tokens"] = metrics.token_losses(lm, fresh_saes(), valid, batch=5)
+    out["held_out"] = metrics.held_out_loss(lm, fresh_saes(), valid)()
+    out["sparsity"] = metrics.sparsity(lm, sae(kind), 1, valid)
+    with torch.no_grad():
+        batch = text.model_inputs(valid[:2])
+        out["four"] = metrics.four_models(lm, fresh_saes(), batch)
     return out
 
 
 @covers("saebench.loss_recovered", "saebench.Zero", "saebench.explained_variance",
-        kind=["topk", "jumprelu"])
+        each=KINDS)
 def recovery(device, dtype, kind):
     out = {}
     for clean in ("base", "adapted_unspliced"):
@@ -317,7 +332,7 @@ def recovery(device, dtype, kind):
 
 @covers("states.harvest", "states.known_states", "loss.arithmetic", "loss.prepared",
         "loss.attention", "loss.frozen_in_bf16", "loss.bf16_pays", "loss.keep_memory",
-        architecture=["llama", "gpt2"])
+        each=[("llama",), ("gpt2",)])
 def cached_states(device, dtype, architecture):
     lm, _ = loaded(device, dtype, architecture)
     rows, out = blocks("padded").train, {}
@@ -345,7 +360,7 @@ def trained(device, dtype, rows="plain", recipe="fast", layers=(1,), kind="topk"
 @covers("train.fit_lora", "train.distill", "train.distill_each", "loss.kl_loss", "loop.loop",
         "loop.order", "loop.schedule", "loop.shared", "lora.add_lora", "lora.lora_parameters",
         "loss.prepared", "loss.compiled", "loss.can_compile",
-        kind=["topk", "jumprelu"], architecture=["llama", "gemma2", "gpt2"])
+        each=[("topk", "llama"), ("topk", "gemma2"), ("topk", "gpt2"), ("jumprelu", "llama")])
 def training(device, dtype, kind, architecture):
     return trained(device, dtype, kind=kind, architecture=architecture)
 
@@ -361,7 +376,7 @@ WAYS = {
 }
 
 
-@covers("train.fit_lora", "train.distill_published", way=list(WAYS))
+@covers("train.fit_lora", "train.distill_published", each=[(w,) for w in WAYS])
 def ways_of_training(device, dtype, way):
     return trained(device, dtype, **WAYS[way])
 
@@ -383,14 +398,14 @@ def mixed_precision(device, dtype):
     return {}  # the numbers depend on which operations are in bfloat16, and a CPU has its own list
 
 
-@covers("train.fit_loras", "states.known_states", cached=[False, True])
-def side_by_side(device, dtype, cached):
+@covers("train.fit_loras", "states.known_states", each=[("computed",), ("cached",)])
+def side_by_side(device, dtype, how):
     lm, _ = loaded(device, dtype)
     students = {f"s{i}": {1: sae(kind)} for i, kind in enumerate(("topk", "jumprelu"))}
     for name, own in students.items():
         lora.add_lora(lm, own, rank=2, name=name)
-    rows, tokens = blocks("padded").train, RUN | dict(tokens=2 * 24 * 16)  # two epochs
-    curves = train.fit_loras(lm, students, rows, **tokens, cached=cached)
+    rows = blocks("padded").train[:4]  # twice
+    curves = train.fit_loras(lm, students, rows, **RUN, cached=how == "cached")
     return dict(parameters=parameters(lm), losses={n: losses_of(c) for n, c in curves.items()})
 
 
@@ -406,10 +421,10 @@ def stopped_at(step: int):
     return callback
 
 
-@covers("loop.save", "loop.restore", "loop.loop", "train.fit_lora", recipe=["fast", "published"])
+@covers("loop.save", "loop.restore", "loop.loop", "train.fit_lora", each=[("fast",), ("published",)])
 def stopped_and_resumed(device, dtype, recipe):
     ends, file = [], fresh() / "state.safetensors"
-    for stops in (None, 3, None):  # unbroken; stopped; resumed
+    for stops in (None, 2, None):  # unbroken; stopped; resumed
         lm, _ = loaded(device, dtype)
         lora.add_lora(lm, {1: sae()}, rank=2, **train.ADAPTER[recipe])
         options = RUN | dict(recipe=recipe, batch=1 if recipe == "published" else 2)
@@ -433,7 +448,7 @@ def stopped_and_resumed(device, dtype, recipe):
 
 
 @covers("train.finetune_sae", "train.fit_both", "train.fit_linear", "train.LinearAdapter",
-        kind=["topk", "jumprelu"])
+        each=KINDS)
 def saes_trained(device, dtype, kind):
     rows, out = blocks("padded").train, {}
     lm, _ = loaded(device, dtype)
@@ -465,12 +480,13 @@ def saes_for_hidden_states(device, dtype):
     lm, _ = loaded(device, dtype)
     x, file = states.harvest(lm, blocks().train, 1), fresh() / "state.safetensors"
     options = dict(tokens=1280, width=64, k=8, batch=128, dead_after=300, points=5)
-    whole, curve = train.fit_sae(x, **options)
-    try:
-        train.fit_sae(x, **options, checkpoint=file, callback=stopped_at(4))
-    except Stopped:
-        pass
-    again, _ = train.fit_sae(x, **options, checkpoint=file)
+    with chosen(device, dtype):  # nothing here says where to train
+        whole, curve = train.fit_sae(x, **options)
+        try:
+            train.fit_sae(x, **options, checkpoint=file, callback=stopped_at(4))
+        except Stopped:
+            pass
+        again, _ = train.fit_sae(x, **options, checkpoint=file)
     assert torch.equal(whole.W_dec, again.W_dec), "not the same after resuming"
     return dict(W_dec=whole.W_dec, losses=losses_of(curve),
                 sparsity=metrics.sparsity(lm, whole, 1, blocks().valid))
@@ -492,7 +508,7 @@ def loudest(device, dtype) -> int:
 
 @covers("steering.steer", "steering.Steered", "steering.steering_effect", "steering.tune_alpha",
         "steering.steering_changes", "steering.scaled_change", "steering.mean_interval",
-        "steering.log_likelihoods", "steering.text_rows", kind=["topk", "jumprelu"])
+        "steering.log_likelihoods", "steering.text_rows", each=KINDS)
 def steered(device, dtype, kind):
     lm, tok, saes = adapted(device, dtype, kind)
     rows = steering.text_rows(SETS["positive"], tok)
@@ -506,7 +522,7 @@ def steered(device, dtype, kind):
 
 
 @covers("steering.firing", "steering.latents_at", "steering.positives", "steering.passages",
-        kind=["topk", "jumprelu"])
+        each=KINDS)
 def firings(device, dtype, kind):
     lm, tok = loaded(device, dtype)
     rows, latent = blocks("padded").valid, loudest(device, dtype)
@@ -517,7 +533,7 @@ def firings(device, dtype, kind):
 
 
 @covers("latents.agreement", "latents.latent_cards", "latents.promotes", "latents.some_latents",
-        "latents.cards_page", kind=["topk", "jumprelu"])
+        "latents.cards_page", each=KINDS)
 def cards(device, dtype, kind):
     lm, tok, _ = adapted(device, dtype, kind)
     rows, out = blocks("padded").valid, {}
@@ -532,7 +548,7 @@ def cards(device, dtype, kind):
 
 
 @covers("saebench.pooled", "saebench.probe", "saebench.tpp", "saebench.scr", "saebench.decoder",
-        "saebench.top_latents", kind=["topk", "jumprelu"])
+        "saebench.top_latents", each=KINDS)
 def probes(device, dtype, kind):
     lm, tok = loaded(device, dtype)
     own = sae(kind)
@@ -549,7 +565,7 @@ def probes(device, dtype, kind):
 
 
 @covers("saebench.absorption", "saebench.absorbed", "saebench.letter_words",
-        kind=["topk", "jumprelu"])
+        each=KINDS)
 def absorptions(device, dtype, kind):
     lm, tok = loaded(device, dtype)
     found = saebench.absorption(lm, tok, sae(kind), 1, letters="abcdef", n=11)
@@ -578,7 +594,7 @@ def benchmark_data() -> Path:
 
 
 @covers("tasks.benchmark", "tasks.benchmark_all", "tasks.local_tasks", "tasks.as_model",
-        "tasks.models", "tasks.recovered", "tasks.Family", kind=["topk", "jumprelu"])
+        "tasks.models", "tasks.recovered", "tasks.Family", each=KINDS)
 def benchmarks(device, dtype, kind):
     lm, tok, saes = adapted(device, dtype, kind)
     options = dict(data=benchmark_data(), batch_size=4)
@@ -600,9 +616,10 @@ def chosen(device, dtype):
         given.append(lm)
         return lm, tok
     with ExitStack() as stack:
-        for module in (models_of, train):
-            stack.enter_context(patch.object(module, "default_device", lambda: str(device),
-                                             create=True))
+        for module in PACKAGE:
+            if hasattr(module, "default_device"):
+                name = patch.object(module, "default_device", lambda: str(device))
+                stack.enter_context(name)
         for module in (cli, experiments):
             stack.enter_context(patch.object(module, "load_lm", load_lm))
         yield given
@@ -641,7 +658,7 @@ COMMANDS = ("cli.adapt", "cli.run_adapt", "cli.report", "cli.parse_saes", "cli.p
 SPECS = {"topk": [("topk", 1)], "jumprelu": [("jumprelu", 1)], "two": [("topk", 1), ("topk", 2)]}
 
 
-@covers(*COMMANDS, "cli.evaluate", "lora.attach_adapter", specs=list(SPECS))
+@covers(*COMMANDS, "cli.evaluate", "lora.attach_adapter", each=[(s,) for s in SPECS])
 def adapt_and_evaluate(device, dtype, specs):
     folder = fresh()
     options = adapt_options(*(sae_folder(*s) for s in SPECS[specs]))
@@ -714,7 +731,7 @@ def experiment(device, dtype):
     return rows
 
 
-# What a run of the entries needs, and how numbers are compared.
+# What a run of the entries needs, what is seen of it, and how numbers are compared.
 
 @contextmanager
 def conditions(mixed: bool = False):
@@ -722,6 +739,68 @@ def conditions(mixed: bool = False):
     with patch.dict(os.environ, SAE_LORA_CACHE=str(fresh())), \
             patch.object(loss, "bf16_pays", lambda device="cpu": mixed):
         yield
+
+
+def public() -> dict[str, object]:
+    "The functions and classes that the package offers, as `module.name`."
+    found = {f"{short}.{name}": getattr(module, name)
+             for short, module in zip(MODULES, PACKAGE) for name in module.__all__}
+    ours = lambda f: getattr(f, "__module__", "").startswith("sae_lora.")
+    kind = lambda f: isinstance(f, (FunctionType, type)) or hasattr(f, "__wrapped__")
+    return {name: f for name, f in found.items() if ours(f) and kind(f)}
+
+
+class Recorder:
+    "A function that leaves its name when it is called."
+    def __init__(self, function, name: str, seen: set):
+        self.function, self.name, self.seen = function, name, seen
+
+    def __call__(self, *args, **kwargs):
+        self.seen.add(self.name)
+        return self.function(*args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self.function, name)
+
+
+@contextmanager
+def recorded(seen: set):
+    "Inside, the names of the public functions that are called gather in `seen`."
+    wrapped = {id(f): Recorder(f, name, seen) for name, f in public().items()
+               if not isinstance(f, type)}
+    with ExitStack() as stack:
+        for module in PACKAGE:
+            for name, value in list(vars(module).items()):
+                if id(value) in wrapped:
+                    stack.enter_context(patch.object(module, name, wrapped[id(value)]))
+        yield
+
+
+PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm,
+            torch.addmm, torch.bmm, Tensor.bmm, torch.baddbmm, torch.einsum, nn.functional.linear,
+            nn.functional.embedding_bag}
+
+
+class ProductsOnCPU(TorchFunctionMode):
+    "Inside, products of matrices that are on the CPU are noted: work that a device should do."
+    def __init__(self):
+        super().__init__()
+        self.where = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in PRODUCTS:
+            operands = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+            if all(a.dim() > 1 and a.device.type == "cpu" for a in operands[:2]):
+                self.where.add(_caller())
+        return function(*args, **kwargs or {})
+
+
+def _caller() -> str:
+    "The line of the package that is being run, as `module.py:number`."
+    frame = sys._getframe(2)
+    while frame and Path(frame.f_code.co_filename).parent.name != "sae_lora":
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "elsewhere"
 
 
 def flat(value, path: str = "") -> dict:

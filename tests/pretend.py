@@ -41,9 +41,8 @@ _pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 def _relabelled(t: Tensor, kind: int) -> Tensor:
     "The same memory as a tensor of another device; a plain one, no subclass."
     capsule = torch._C._to_dlpack(t)
-    start = _pointer(capsule, b"dltensor")
-    ctypes.c_int32.from_address(start + 8).value = kind
-    ctypes.c_int32.from_address(start + 12).value = 0  # the index of the device
+    device = ctypes.c_int64.from_address(_pointer(capsule, b"dltensor") + 8)
+    device.value = kind  # in the first four bytes; the last four are the index, 0
     return torch._C._from_dlpack(capsule)
 
 
@@ -54,7 +53,7 @@ def is_ours(t) -> bool:
 
 def on_cpu(t: Tensor) -> Tensor:
     "A CPU tensor over the same memory."
-    return _relabelled(t, CPU) if is_ours(t) else t
+    return t if t.is_cpu else _relabelled(t, CPU)
 
 
 def on_device(t: Tensor) -> Tensor:
@@ -76,6 +75,8 @@ class Operation:
     def __init__(self, op):
         returns, arguments = op._schema.returns, list(enumerate(op._schema.arguments))
         self.name = op._schema.name.split("::")[1]
+        packet = getattr(torch.ops.aten, self.name, None)  # slow: it tries overload by overload
+        self.called_with_numbers = getattr(torch, self.name, getattr(Tensor, self.name, packet))
         self.random = torch.Tag.nondeterministic_seeded in op.tags
         self.indexing = self.name in _INDEXING
         self.outputs = tuple(a.name for _, a in arguments if a.kwarg_only and a.alias_info)
@@ -102,15 +103,6 @@ def _refuse(about: Operation, why: str):
     raise RuntimeError(f"{about.name}: {why}")
 
 
-def _tensors(values):
-    "The tensors among arguments, in lists too."
-    for v in values:
-        if isinstance(v, Tensor):
-            yield v
-        elif isinstance(v, (list, tuple)):
-            yield from _tensors(v)
-
-
 def _mapped(function, value):
     "A value with `function` applied to each tensor in it. (`tree_map` takes ten times as long.)"
     if isinstance(value, Tensor):
@@ -120,28 +112,30 @@ def _mapped(function, value):
     return value
 
 
-def _check_devices(about: Operation, args: tuple, kwargs: dict):
-    "Refuse what a GPU refuses: tensors of two devices, and a generator of another device."
-    if about.indexing:
-        args = (args[0], *args[2:])  # indices may be on the CPU
-    for t in _tensors((*args, *kwargs.values())):
-        if not is_ours(t) and t.dim():
+def _unwrapped(about: Operation, args: tuple, kwargs: dict) -> tuple[list, dict]:
+    "The arguments for the CPU. Refuses what a GPU refuses: tensors, or a generator, of the CPU."
+    def unwrap(t):
+        if t.is_cpu and t.dim():
             _refuse(about, "Expected all tensors to be on the same device, but found at least two "
                            f"devices, {NAME}:0 and {t.device}! (shape {tuple(t.shape)})")
+        return on_cpu(t)
     if kwargs.get("generator") is not None:
         _refuse(about, f"Expected a '{NAME}' device type for generator but found another")
+    cpu_args = [_mapped(on_cpu if about.indexing and i == 1 else unwrap, v)  # indices may be there
+                for i, v in enumerate(args)]
+    return cpu_args, {n: _mapped(unwrap, v) for n, v in kwargs.items()}
 
 
 def _callable(op, about: Operation, args: tuple):
     "What to call for an operation. Numbers arrive as such where the schema says tensor."
-    if any(isinstance(args[i], (int, float)) for i in about.tensors if i < len(args)):
-        packet = getattr(torch.ops.aten, about.name)
-        return getattr(torch, about.name, packet)  # the packet is slow: it tries one by one
+    for i in about.tensors:
+        if i < len(args) and isinstance(args[i], (int, float)):
+            return about.called_with_numbers
     return op
 
 
 def _computed(op, about: Operation, args: tuple, kwargs: dict):
-    "What the CPU makes of an operation; random numbers come from the device's own state."
+    "What the CPU makes of an operation. Random numbers come from the device's own state."
     call = _callable(op, about, args)
     if not about.random:
         return call(*args, **kwargs)
@@ -157,13 +151,12 @@ def _replace(t: Tensor, value: Tensor):
 def _kernel(op, *args, **kwargs):
     "Any operation on tensors of the pretend device: check, unwrap, run, wrap."
     about = _operation(op)
-    _check_devices(about, args, kwargs)
     if about.original:
         return op.redispatch(_CPU_KERNEL, *args, **kwargs)
+    cpu_args, cpu_kwargs = _unwrapped(about, args, kwargs)
     fresh = {n: torch.empty(0, dtype=kwargs[n].dtype) for n in about.outputs
              if n in kwargs and not kwargs[n].numel()}  # these are to be given their size
-    cpu_args = _mapped(on_cpu, args)
-    cpu_kwargs = {n: fresh[n] if n in fresh else _mapped(on_cpu, v) for n, v in kwargs.items()}
+    cpu_kwargs.update(fresh)
     if "device" in cpu_kwargs:  # a factory
         cpu_kwargs["device"] = torch.device("cpu")
     result = _computed(op, about, cpu_args, cpu_kwargs)
@@ -231,7 +224,8 @@ def _may_cast(t) -> bool:
 
 def _widest(args) -> torch.dtype:
     "The widest type among tensors that may be cast."
-    found = [t.dtype for t in _tensors(args) if _may_cast(t)]
+    found = set()
+    _mapped(lambda t: found.add(t.dtype) if _may_cast(t) else None, args)
     return torch.float32 if torch.float32 in found else torch.get_autocast_dtype(NAME)
 
 
@@ -339,6 +333,21 @@ class Module:
         self.set_rng_state(states[0])
 
 
+def _structured() -> list[str]:
+    "Operations that PyTorch makes of an `out=` variant, unless a device has a kernel: two for one."
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = [n.removeprefix("aten::") for n in torch._C._dispatch_get_all_op_names()
+             if n.startswith("aten::") and has(n, "CompositeExplicitAutogradNonFunctional")]
+    return [n for n in names if not has(f"aten::{n}", "CompositeImplicitAutograd")]
+
+
+def _kernel_of(name: str):
+    "`_kernel` for one operation."
+    packet, _, overload = name.partition(".")
+    op = getattr(getattr(torch.ops.aten, packet), overload or "default")
+    return lambda *args, **kwargs: _kernel(op, *args, **kwargs)
+
+
 _kept = []  # libraries lose their kernels with the last reference
 
 
@@ -349,6 +358,8 @@ def install(float64: bool = True) -> str:
     everything, aten = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
     _kept.extend((everything, aten))
     everything.fallback(_kernel, "PrivateUse1")
+    for name in _structured():
+        aten.impl(name, _kernel_of(name), "PrivateUse1")
     for name, kernel in KERNELS.items():
         aten.impl(name, kernel, "PrivateUse1")
     _register_autocast(everything, aten)
