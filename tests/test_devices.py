@@ -20,8 +20,7 @@ from device_entries import ProductsOnCPU
 
 from sae_lora import cli
 
-MODES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-NO_FLOAT64 = "does not have torch.float64"
+MODES = ("float32", "bfloat16")
 TOLERANCE = 1e-5  # relative to the largest number of a result: attention adds in another order
 
 # What no entry tries, because it touches no tensor, or none on a device.
@@ -64,7 +63,7 @@ ON_CPU = {
 
 def tried(name: str, device, dtype) -> dict:
     "What came of one entry: its result, or the error; and products of matrices on the CPU."
-    began, products = time.perf_counter(), ProductsOnCPU()
+    began, products = time.process_time(), ProductsOnCPU()
     try:
         with conditions(mixed=dtype == torch.bfloat16), products:
             result = ENTRIES[name].run(device, dtype)
@@ -74,7 +73,7 @@ def tried(name: str, device, dtype) -> dict:
                  if "sae_lora" in f.filename or "tests" in f.filename]
         error = f"{type(e).__name__}: {str(e)[:600]} ({' > '.join(where[-4:])})"
         found = dict(result=None, error=error)
-    return found | dict(products=sorted(products.where), seconds=time.perf_counter() - began)
+    return found | dict(products=sorted(products.where), seconds=time.process_time() - began)
 
 
 def judged(name: str, here: dict, there: dict) -> dict:
@@ -91,37 +90,49 @@ def judged(name: str, here: dict, there: dict) -> dict:
     return about | dict(apart=apart, path=path)
 
 
-def main(names: list[str]):
+def main(mode: str, names: list[str]):
     "Run entries on the pretend device; a line of JSON for each."
     os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
-    pretend.install(float64=False)
+    pretend.install(float64=mode != "float32")
     for name in names:
         seen = set()
-        with recorded(seen):
-            here = tried(name, "cpu", torch.float32)
-        found = judged(name, here, tried(name, pretend.NAME, torch.float32))
-        print(json.dumps([name, "float32", found | dict(called=sorted(seen))]), flush=True)
-    pretend.settings["float64"] = True
-    for name in names:
-        found = tried(name, pretend.NAME, torch.bfloat16)
-        found["not_finite"] = not_finite(found.pop("result"))
-        print(json.dumps([name, "bfloat16", found]), flush=True)
+        if mode == "float32":
+            with recorded(seen):
+                here = tried(name, "cpu", torch.float32)
+            found = judged(name, here, tried(name, pretend.NAME, torch.float32))
+        else:
+            found = tried(name, pretend.NAME, torch.bfloat16)
+            found["not_finite"] = not_finite(found.pop("result"))
+        print(json.dumps([name, mode, found | dict(called=sorted(seen))]), flush=True)
+
+
+def start(mode: str, names: list[str], output):
+    "A process that runs entries; it has one thread, for two of them run at a time."
+    return subprocess.Popen([sys.executable, __file__, mode, *names], stdout=output,
+                            stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.fixture(scope="session")
-def found(request) -> dict:
+def found(request, tmp_path_factory) -> dict:
     "What came of the entries that were asked for, by name and mode."
     if why := pretend.missing():
         pytest.skip(why)
     ours = [i for i in request.session.items if i.path == Path(__file__)]
     wanted = {i.callspec.params["entry"] for i in ours if hasattr(i, "callspec")}
     names = [n for n in ENTRIES if n in wanted] or list(ENTRIES)
-    done = subprocess.run([sys.executable, __file__, *names], capture_output=True, text=True,
-                          timeout=600, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    lines = [json.loads(l) for l in done.stdout.splitlines() if l.startswith('["')]
-    assert done.returncode == 0, done.stderr[-3000:]
-    return {(name, mode): result for name, mode, result in lines}
+    said = {mode: tmp_path_factory.mktemp("devices") / mode for mode in MODES}
+    running = {mode: start(mode, names, open(file, "w")) for mode, file in said.items()}
+    try:
+        for mode, process in running.items():
+            process.wait(timeout=900)
+            assert process.returncode == 0, said[mode].read_text()[-3000:]
+    finally:
+        for process in running.values():
+            process.kill()
+    lines = [line for file in said.values() for line in file.read_text().splitlines()]
+    results = [json.loads(line) for line in lines if line.startswith('["')]
+    return {(name, mode): result for name, mode, result in results}
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
@@ -162,4 +173,4 @@ def test_every_public_function_is_tried_on_a_device():
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(sys.argv[1], sys.argv[2:])
