@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DOCS', 'READERS', 'PASSAGE', 'docstrings', 'corpus', 'for_validation', 'model_inputs', 'Blocks', 'separator',
-           'passages', 'token_blocks']
+           'beginning', 'targets', 'passages', 'token_blocks']
 
 # %% ../nbs/00_text.ipynb #3ddd7a76
 import ast, csv, hashlib, importlib.util, json, lzma, random, re
@@ -159,10 +159,15 @@ def for_validation(document: str, share: float = 0.05) -> bool:
 
 # %% ../nbs/00_text.ipynb #4d23ab40
 def model_inputs(rows: Tensor) -> dict:
-    "The keyword arguments of a causal LM for a batch of rows, `(rows, length)` or `(rows, 2, length)`; −1 is padding."
-    ids, positions = (rows[:, 0], {"position_ids": rows[:, 1], "use_cache": False}) if rows.dim() == 3 else (rows, {})
-    mask = {"attention_mask": (ids >= 0).long()} if bool((ids < 0).any()) else {}
-    return {"input_ids": ids.clamp_min(0), **positions, **mask}
+    """The keyword arguments of a causal LM for a batch of rows, `(rows, length)` or `(rows, 2, length)`.
+
+    An id of −1 is padding; a position p may also be written −1 − p, see `targets`."""
+    ids, inputs = rows, {}
+    if rows.dim() == 3:
+        ids, positions = rows.unbind(1)
+        inputs = {"position_ids": torch.maximum(positions, -1 - positions), "use_cache": False}
+    if bool((ids < 0).any()): inputs["attention_mask"] = (ids >= 0).long()
+    return {"input_ids": ids.clamp_min(0)} | inputs
 
 # %% ../nbs/00_text.ipynb #18530d9b
 @dataclass(frozen=True)
@@ -178,25 +183,82 @@ class Blocks:
 
 # %% ../nbs/00_text.ipynb #6c35c96f
 def separator(tok, token: str | None = None) -> int:
-    "The id that parts documents: that of `token`, else `<|endoftext|>` where the vocabulary has it, else the end-of-sequence token."
+    """The id that parts documents: that of `token`, else `<|endoftext|>` where the vocabulary has it, else end of sequence.
+
+    Raises `UsageError` where there is none."""
     vocabulary = tok.get_vocab()
-    if token is not None and token not in vocabulary: raise UsageError(f"sep={token!r} is no token of this tokenizer; its special tokens are {', '.join(tok.all_special_tokens)}")
+    if token is not None and token not in vocabulary:
+        raise UsageError(f"sep={token!r} is no token of this tokenizer; "
+                         f"its special tokens are {', '.join(tok.all_special_tokens)}")
     end = vocabulary.get(token or "<|endoftext|>", tok.eos_token_id)
-    if end is None: raise UsageError("the tokenizer has neither <|endoftext|> nor an end-of-sequence token; set tok.eos_token")
+    if end is None:
+        raise UsageError("the tokenizer has neither <|endoftext|> nor an end-of-sequence token; set tok.eos_token")
     return end
 
-# %% ../nbs/00_text.ipynb #db0c1410
-def _pack(ids: list[list[int]], length: int, sep: int, per_document: bool) -> Tensor:
-    "Documents end to end in rows of `length` that begin with the separator; the last, partial row is dropped."
-    flat, fill = torch.tensor(list(chain.from_iterable(d + [sep] for d in ids)), dtype=torch.long), length - 1
-    rows = nn.functional.pad(flat[:len(flat) // fill * fill].view(-1, fill), (1, 0), value=sep)
-    if not per_document: return rows
-    index = torch.arange(length).expand_as(rows)
-    return torch.stack([rows, index - torch.where(rows == sep, index, 0).cummax(1).values], 1)  # each document after the separator before it
+# %% ../nbs/00_text.ipynb #b103fd21
+def _before_text(tok) -> list[int]:
+    "The ids that the tokenizer itself puts before a text; what it puts after one is left out."
+    whole, text = tok(["x"]).input_ids[0], tok(["x"], add_special_tokens=False).input_ids[0]
+    for n in range(len(whole) - len(text) + 1):
+        if whole[n:n + len(text)] == text: return list(whole[:n])
+    return []
 
-def _pad(ids: list[list[int]], length: int, sep: int) -> Tensor:
-    "One document a row after the separator, cut at `length` or filled with −1."
-    return torch.tensor([([sep] + d + [-1] * length)[:length] for d in ids if d], dtype=torch.long).view(-1, length)
+def beginning(tok, token: str | None = None) -> list[int]:
+    """The ids that a row begins with: what the tokenizer itself puts before a text, else the separator.
+
+    Where a separator is given as `token`, it is that. Raises `UsageError` as `separator` does."""
+    own = _before_text(tok) if token is None else []
+    return own or [separator(tok, token)]
+
+# %% ../nbs/00_text.ipynb #db0c1410
+def _chunks(flat: Tensor, head: list[int], length: int) -> Tensor:
+    "`flat` in rows of `length`, each with `head` before it; a last, partial row is dropped."
+    rows = flat[:len(flat) // (length - len(head)) * (length - len(head))].view(-1, length - len(head))
+    return torch.cat([torch.tensor(head).expand(len(rows), -1), rows], 1)
+
+def _packed(ids: list[list[int]], length: int, sep: int, start: list[int]) -> Tensor:
+    "Documents end to end, parted by `sep`, in rows of `length` that begin with `start`."
+    flat = torch.tensor(list(chain.from_iterable(d + [sep] for d in ids)), dtype=torch.long)
+    return _chunks(flat, start, length)
+
+def _padded(ids: list[list[int]], length: int, start: list[int]) -> Tensor:
+    "One document a row after `start`, cut at `length` or filled with −1."
+    rows = [(start + d + [-1] * length)[:length] for d in ids if d]
+    return torch.tensor(rows, dtype=torch.long).view(-1, length)
+
+# %% ../nbs/00_text.ipynb #ecdf060a
+def _shared(ids: list[list[int]], length: int, sep: int) -> Tensor:
+    "Tokens and positions of rows that keep documents apart, where `sep` ends one and begins the next."
+    rows, index = _packed(ids, length, sep, [sep]), torch.arange(length)
+    first = torch.where(rows == sep, index, 0).cummax(1).values  # the separator at or before each token
+    return torch.stack([rows, index - first], 1)
+
+def _apart(ids: list[list[int]], length: int, sep: int, start: list[int]) -> Tensor:
+    "Tokens and positions of rows that keep documents apart, each between `start` and `sep`."
+    flat = torch.tensor(list(chain.from_iterable(start + d + [sep] for d in ids)), dtype=torch.long)
+    place = [[*range(1, len(start) + 1)] + [0] * (len(d) + 1) for d in ids]  # 1, 2, … in a beginning, else 0
+    place, fill, at = list(chain.from_iterable(place)), length - len(start), []
+    i = len(start)  # the row has a beginning of its own
+    while i + fill <= len(flat):
+        at.append(i)
+        i += fill
+        while i < len(flat) and place[i]: i += 1
+    which = torch.tensor(at, dtype=torch.long)[:, None] + torch.arange(fill)
+    rows = _chunks(flat[which].flatten(), start, length)
+    place = _chunks(torch.tensor(place, dtype=torch.long)[which].flatten(), [*range(1, len(start) + 1)], length)
+    index = torch.arange(length)
+    positions = index - torch.where(place == 1, index, 0).cummax(1).values
+    return torch.stack([rows, torch.where(place > 0, -1 - positions, positions)], 1)
+
+# %% ../nbs/00_text.ipynb #0eb99c50
+def targets(rows: Tensor) -> Tensor:
+    """What is to be predicted at each position but the last, `(rows, length − 1)`: the next id.
+
+    −1 where there is nothing to predict: at padding, and where the beginning of another document follows that the
+    model does not see."""
+    if rows.dim() == 2: return rows[:, 1:]
+    ids, positions = rows.unbind(1)
+    return torch.where(positions < 0, -1, ids)[:, 1:]
 
 # %% ../nbs/00_text.ipynb #f93ca115
 PASSAGE = (120, 400)  # characters
@@ -228,23 +290,44 @@ def _tokens(documents: Iterable[str], tok, want: dict[bool, int], share: float, 
             if size[side] < want[side]: got[side].append(ids); size[side] += len(ids) + 1
     return got
 
+# %% ../nbs/00_text.ipynb #1b0a6cbf
+def _check_lengths(length: int, between: tuple, start: list[int]):
+    "Raise `UsageError` unless rows have room for text, and `between` is two lengths of passages."
+    if length <= len(start):
+        raise UsageError(f"length={length} leaves no room for text after {len(start)} that begin a row; "
+                         f"give {len(start) + 1} or more")
+    if len(between) != 2 or not 0 < between[0] <= between[1]:
+        raise UsageError(f"between={tuple(between)}; give the least and the greatest length of a passage in characters")
+
+def _rows_of(ids: list, length: int, end: int, start: list[int], pack: bool, per_document: bool) -> Tensor:
+    "Documents as rows: packed, packed and kept apart, or one a row."
+    if not pack: return _padded(ids, length, start)
+    if not per_document: return _packed(ids, length, end, start)
+    return _shared(ids, length, end) if start == [end] else _apart(ids, length, end, start)
+
 # %% ../nbs/00_text.ipynb #2a481cdd
 def token_blocks(source, tok, length: int = 256, tokens: int = 2**21, valid_tokens: int = 2**15, *,
-                 pack: bool = True, per_document: bool = False, share: float = 0.05, cut: float = 0.0, between: tuple[int, int] = PASSAGE,
-                 sep: str | None = None, lead: str = "") -> Blocks:
+                 pack: bool = True, per_document: bool = False, share: float = 0.05, cut: float = 0.0,
+                 between: tuple[int, int] = PASSAGE, sep: str | None = None, lead: str = "") -> Blocks:
     """Rows of `length` tokens from `source`, a corpus name or an iterable of documents.
 
-    At most about `tokens` for training and `valid_tokens` for validation; `share` of the documents are held out, and a share `cut` of the others are cut into `passages` with lengths from `between`: `(20, 20)` gives single sentences.
-    Documents are parted by `sep` (see `separator`), and each begins with `lead`.
-    Raises `UsageError` where the text does not fill one row, `between` is not two lengths, or `sep` no token."""
-    if len(between) != 2 or not 0 < between[0] <= between[1]: raise UsageError(f"between={tuple(between)}; give the least and the greatest length of a passage in characters")
-    documents, end = corpus(source) if isinstance(source, str) else source, separator(tok, sep)
+    At most about `tokens` for training and `valid_tokens` for validation; `share` of the documents are held out,
+    and a share `cut` of the others are cut into `passages` with lengths from `between`: `(20, 20)` gives sentences.
+    A row begins as `beginning` says and documents are parted as `separator` says; `sep` sets both.
+    Each document begins with the text `lead`.
+    Raises `UsageError` where the text does not fill one row, `length` leaves no room for text, `between` is not
+    two lengths, or `sep` no token."""
+    start, end = beginning(tok, sep), separator(tok, sep)
+    _check_lengths(length, between, start)
+    documents = corpus(source) if isinstance(source, str) else source
     got = _tokens(documents, tok, {False: tokens, True: valid_tokens}, share, cut, between, lead)
-    rows = {side: _pack(ids, length, end, per_document) if pack else _pad(ids, length, end) for side, ids in got.items()}
+    rows = {side: _rows_of(ids, length, end, start, pack, per_document) for side, ids in got.items()}
     train, valid = rows[False][:max(tokens // length, 1)], rows[True][:max(valid_tokens // length, 1)]
-    if not len(valid) and (tokens and not len(train) or valid_tokens):
-        raise UsageError(f"text {source if isinstance(source, str) else 'given'!r} is too short: {sum(map(len, chain(*got.values())))} tokens, "
-                         f"of which {sum(map(len, got[True]))} held out, do not fill a row of {length} on either side; give more text or a smaller length")
-    digest = hashlib.sha256(valid.numpy().tobytes()).hexdigest()[:12]
     name = source if isinstance(source, str) else "documents"
-    return Blocks(train, valid, name, digest, {p: version(p) for p in DOCS} if name in ("docs", "default", "broad") else {})
+    if not len(valid) and (tokens and not len(train) or valid_tokens):
+        held, all_ids = sum(map(len, got[True])), sum(map(len, chain(*got.values())))
+        raise UsageError(f"text {name!r} is too short: {all_ids} tokens, of which {held} held out, do not fill "
+                         f"a row of {length} on either side; give more text or a smaller length")
+    digest = hashlib.sha256(valid.numpy().tobytes()).hexdigest()[:12]
+    versions = {p: version(p) for p in DOCS} if name in ("docs", "default", "broad") else {}
+    return Blocks(train, valid, name, digest, versions)

