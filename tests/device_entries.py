@@ -191,7 +191,7 @@ def losses_of(curve: list[dict]) -> list[float]:
 
 @covers("lm.load_lm", "lm.stack", "lm.layers", "lm.linears", "lm.special_ids", "lm.hidden",
         "lm.resume", "lm.hidden_each", "lm.head", "lm.Head", "text.model_inputs", "text.Blocks",
-        "text.token_blocks", "text.separator", "lm.quietly", "lm.on_device", "lm.device_of",
+        "text.token_blocks", "text.beginning", "text.separator", "text.targets", "lm.on_device", "lm.device_of",
         each=[("llama",), ("gemma3",), ("gpt2",)])
 def passes(device, dtype, architecture):
     lm, _ = loaded(device, dtype, architecture)
@@ -202,7 +202,8 @@ def passes(device, dtype, architecture):
         with models_of.resume(lm, 1, h):
             final = models_of.hidden(lm, batch, "final")
         each = list(models_of.hidden_each(lm, batch, [-1, 2, "final"]))
-        out[kind] = dict(h=h, final=final, logits=W(final), each=each)
+        wanted = text.targets(blocks(kind).train[:4])
+        out[kind] = dict(h=h, final=final, logits=W(final), each=each, wanted=wanted)
     return out
 
 
@@ -611,8 +612,8 @@ def chosen(device, dtype):
     "Inside, the package takes `device` and `dtype` where a user names none; a list of the models."
     given, load = [], models_of.load_lm
 
-    def load_lm(model="smollm2-135m", dtype=dtype, device=None):
-        lm, tok = load(model, dtype, device)
+    def load_lm(model="smollm2-135m", dtype=dtype, **options):
+        lm, tok = load(model, dtype, **options)
         given.append(lm)
         return lm, tok
     with ExitStack() as stack:
@@ -689,7 +690,7 @@ def small_demo():
     "The model, the SAE and the text of `demo` are others inside: the command has no options."
     def data_path(*parts):
         return sae_folder()
-    with patch.dict(models_of.EMBEDDED, {"smollm2-135m": model_folder}), \
+    with patch.object(models_of, "embedded", lambda name: model_folder()), \
             patch.object(saes_of, "data_path", data_path), \
             patch.object(text, "corpus", lambda source: documents(900)):
         yield

@@ -219,7 +219,7 @@ _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 
 
 def _may_cast(t) -> bool:
-    return is_ours(t) and t.is_floating_point() and t.dtype != torch.float64
+    return not t.is_cpu and t.is_floating_point() and t.dtype != torch.float64
 
 
 def _widest(args) -> torch.dtype:
