@@ -189,7 +189,7 @@ def losses_of(curve: list[dict]) -> list[float]:
 
 # Passes through the model.
 
-@covers("lm.load_lm", "lm.stack", "lm.layers", "lm.linears", "lm.special_ids", "lm.hidden",
+@covers("lm.load_lm", "lm.stack", "lm.layers", "lm.special_ids", "lm.hidden",
         "lm.resume", "lm.hidden_each", "lm.head", "lm.Head", "text.model_inputs", "text.Blocks",
         "text.token_blocks", "text.beginning", "text.separator", "text.targets", "lm.on_device", "lm.device_of",
         each=[("llama",), ("gemma3",), ("gpt2",)])
@@ -333,7 +333,7 @@ def recovery(device, dtype, kind):
 
 
 @covers("states.harvest", "states.known_states", "loss.arithmetic", "loss.prepared",
-        "loss.attention", "loss.frozen_in_bf16", "loss.bf16_pays", "loss.keep_memory",
+        "loss.attention", "loss.frozen_in_bf16", "loss.keep_memory",
         each=[("llama",), ("gpt2",)])
 def cached_states(device, dtype, architecture):
     lm, _ = loaded(device, dtype, architecture)
@@ -360,9 +360,22 @@ def trained(device, dtype, rows="plain", recipe="fast", layers=(1,), kind="topk"
     return dict(parameters=parameters(lm), losses=losses_of(curve))
 
 
-@covers("train.fit_lora", "train.distill", "train.distill_each", "loss.kl_loss", "loop.loop",
+@covers("train.distill", "train.distill_each", "train.distill_published", "loss.kl_loss",
+        "lm.head", each=KINDS)
+def objectives(device, dtype, kind):
+    lm, _, _ = adapted(device, dtype, kind)
+    W, batch, out = models_of.head(lm), text.model_inputs(blocks("padded").train[:4]), {}
+    for name, objective in (("ours", train.distill), ("published", train.distill_published)):
+        found = objective(lm, {1: sae(kind)}, W, batch)
+        found.backward()
+        out[name] = found, [p.grad for p in lora.lora_parameters(lm).values()]
+        lm.zero_grad()
+    return out
+
+
+@covers("train.fit_lora", "train.distill_each", "loss.kl_loss", "loop.loop",
         "loop.order", "loop.schedule", "loop.shared", "lora.add_lora", "lora.lora_parameters",
-        "loss.prepared", "loss.compiled", "loss.can_compile",
+        "loss.prepared", "loss.compiled",
         each=[("topk", "llama"), ("topk", "gemma2"), ("topk", "gpt2"), ("jumprelu", "llama")])
 def training(device, dtype, kind, architecture):
     return trained(device, dtype, kind=kind, architecture=architecture)
@@ -394,7 +407,7 @@ def training_measured(device, dtype):
 
 
 @covers("train.fit_lora", "loss.arithmetic", "loss.frozen_in_bf16", "loss.prepared",
-        "loss.attention", "loss.bf16_pays")
+        "loss.attention")
 def mixed_precision(device, dtype):
     found = trained(device, dtype, precision="bf16")
     assert found["parameters"].isfinite().all()
