@@ -50,7 +50,7 @@ def _devices() -> list[str]:
     other = torch.accelerator.current_accelerator()
     return ["cpu"] + [f"{other.type}:{i}" for i in range(torch.accelerator.device_count()) if other]
 
-# %% ../nbs/01_lm.ipynb #9c92f198
+# %% ../nbs/01_lm.ipynb #3d2a90d2
 def _checked(device: str | torch.device | None) -> torch.device:
     "The device asked for, or the default. Raises `UsageError` where this machine has none such."
     try:
@@ -92,7 +92,7 @@ def _no_room(lm, device: torch.device, need: int, free: int | None) -> UsageErro
     return UsageError(f"model {lm.name_or_path!r} needs about {need / 1e9:.1f} GB in {dtype} "
                       f"and {device} has {has} free; give {', '.join(ways[:-1])} or {ways[-1]}")
 
-# %% ../nbs/01_lm.ipynb #34b0c98e
+# %% ../nbs/01_lm.ipynb #1745175f
 @contextmanager
 def _room(lm, device: torch.device, need: int):
     "Inside, `need` bytes of `lm` go to `device`. Raises `UsageError` where there is no room."
@@ -126,7 +126,7 @@ def _frozen(name: str, dtype: torch.dtype) -> tuple:
     lm.name_or_path = lm.config._name_or_path = name
     return lm.eval().requires_grad_(False), tok
 
-# %% ../nbs/01_lm.ipynb #ed06fab5
+# %% ../nbs/01_lm.ipynb #bdb10da7
 def load_lm(model="smollm2-135m", dtype: torch.dtype | None = None,
             device: str | torch.device | None = None,
             spread: bool = False) -> tuple[PreTrainedModel, object]:
@@ -178,7 +178,7 @@ def _keep_part(lm, mesh: DeviceMesh):
         for block in layers(lm): fully_shard(block, mesh=mesh, reshard_after_forward=True)
         return lm.to(device)
 
-# %% ../nbs/01_lm.ipynb #793f1840
+# %% ../nbs/01_lm.ipynb #1aba177f
 def shard(lm):
     """Spread the frozen weights of the blocks of `lm` over all processes, before it has an adapter.
 
@@ -321,7 +321,7 @@ def _described(lm) -> Head:
     softcap = getattr(config, "final_logit_softcapping", None) or 0.0
     return Head(last.weight, last.bias, scale, softcap)
 
-# %% ../nbs/01_lm.ipynb #02f77dbc
+# %% ../nbs/01_lm.ipynb #e94c25a1
 @torch.no_grad()
 def head(lm) -> Head:
     "The output head of `lm`, checked against its logits. Raises `UsageError` for any other form."

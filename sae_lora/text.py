@@ -341,7 +341,7 @@ def _tokens(documents: Iterable[str], tok, want: dict, sides, lead: str) -> dict
 def _check_lengths(length: int, between: tuple, n: int):
     "Raise `UsageError` unless rows have room after `n` tokens, and `between` is two lengths."
     if length <= n:
-        raise UsageError(f"length={length} leaves no room for text after {n}; give {n + 1} or more")
+        raise UsageError(f"length={length} is taken up by a row's beginning; give {n + 1} or more")
     if len(between) != 2 or not 0 < between[0] <= between[1]:
         raise UsageError(f"between={tuple(between)}; "
                          "give the least and the greatest length of a passage in characters")

@@ -60,7 +60,7 @@ def test_endoftext_parts_documents_where_the_vocabulary_has_it():
 
 def test_no_separator_and_no_room_are_told():
     tok = tokenizer("<bos> <two> $A")
-    with pytest.raises(UsageError, match="length=2 leaves no room.*give 3 or more"): token_blocks(texts(), tok, 2)
+    with pytest.raises(UsageError, match="length=2 is taken up.*give 3 or more"): token_blocks(texts(), tok, 2)
     with pytest.raises(UsageError, match="too short"): token_blocks(["w5 w6"], tok, 64, per_document=True)
     tok.eos_token = None
     with pytest.raises(UsageError, match="neither <|endoftext|> nor"): token_blocks(texts(), tok, 8)
