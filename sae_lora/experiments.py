@@ -48,10 +48,10 @@ def together(runs: list[dict], but: str = "rank") -> list[list[dict]]:
     return list(groups.values())
 
 # %% ../nbs/10_experiments.ipynb #a1624cd2
-def rows_of(experiment: str, runs: list[dict], compute, first=None, also: tuple = ()) -> pd.DataFrame:
+def rows_of(experiment: str, runs: list[dict], compute, first=None, also: tuple = (), but: str = "rank") -> pd.DataFrame:
     """The rows of `runs`, in their order, as a table: parameters and metrics, nested names joined by dots.
 
-    Missing ones are made by `compute(group)`, which yields the metrics of each run of a group, after `first(missing)`, if given, has prepared for all of them; `also` names experiments whose rows come from the same `compute`, and serve here too.
+    Missing ones are made by `compute(group)`, which yields the metrics of each run of a group (runs that differ in `but` alone), after `first(missing)`, if given, has prepared for all of them; `also` names experiments whose rows come from the same `compute`, and serve here too.
     With `$SAE_LORA_DRAW` set a missing row is a `UsageError`."""
     results = Results(rows_path(experiment))
     kept = lambda: {k: r for e in (*also, experiment) for k, r in Results(rows_path(e)).rows().items()}
@@ -60,7 +60,7 @@ def rows_of(experiment: str, runs: list[dict], compute, first=None, also: tuple 
     if missing and os.environ.get("SAE_LORA_DRAW"): raise UsageError(f"{len(missing)} of {len(runs)} rows of {experiment} are missing; `sae-lora run {experiment}` computes them")
     if missing: print(f"{experiment}: {len(missing)} of {len(runs)} rows to compute", file=sys.stderr)
     if missing and first: first(missing)
-    for group in together(missing):
+    for group in together(missing, but):
         for p, metrics in zip(group, compute(group)): results.add(p, metrics)
     if missing: rows = kept()
     return pd.json_normalize([p | rows[key(p)]["metrics"] for p in runs])

@@ -14,7 +14,7 @@ from .lora import lora_layers, only, without_lora
 from .loss import losses
 from .sae import pieces, reconstruct
 from .splice import at_home, check_saes, replaced, splice
-from .text import model_inputs
+from .text import model_inputs, targets
 
 # %% ../nbs/05_metrics.ipynb #e66e8db6
 def shared_layer(lm, saes: dict) -> int:
@@ -41,18 +41,17 @@ def _tag(adapter: str | None) -> str: return f"/{adapter}" if adapter else ""
 # %% ../nbs/05_metrics.ipynb #c940cfc3
 @torch.no_grad()
 def token_losses(lm, saes: dict, rows: Tensor, keep: str = "special", batch: int = 8, adapters=(None,)) -> dict[str, dict[str, Tensor]]:
-    """Cross-entropy and KL of every predicted token, `{"ce": {model: (rows, length − 1)}, "kl": …}`, and `"real"`, false where there is padding.
+    """Cross-entropy and KL of every predicted token, `{"ce": {model: (rows, length − 1)}, "kl": …}`, and `"real"`, false where there is nothing to predict (`targets`).
 
     `rows` are token rows as `token_blocks` makes them. The model's mode is left as it is."""
     W, parts, mode = head(lm), [], lm.training
     lm.eval()
     for some in rows.split(batch):
         inputs = on_device(lm, model_inputs(some))
-        ids = some if some.dim() == 2 else some[:, 0]
-        targets = ids[:, 1:].to(W.weight.device)
+        wanted = targets(some)
         h = {m: x[:, :-1].flatten(0, 1) for m, x in four_models(lm, saes, inputs, keep, adapters).items()}
-        part = losses(W, h, targets.flatten())
-        parts.append({k: {m: v.view(targets.shape).cpu() for m, v in part[k].items()} for k in part} | {"real": {"": targets.cpu() >= 0}})
+        part = losses(W, h, wanted.flatten().to(W.weight.device))
+        parts.append({k: {m: v.view(wanted.shape).cpu() for m, v in part[k].items()} for k in part} | {"real": {"": wanted >= 0}})
     lm.train(mode)
     joined = {k: {m: torch.cat([p[k][m] for p in parts]) for m in parts[0][k]} for k in parts[0]}
     return joined | {"real": joined["real"][""]}
@@ -112,15 +111,14 @@ def held_out_loss(lm, saes: dict, rows: Tensor, keep: str = "special", batch: in
     W, start, parts = head(lm), shared_layer(lm, saes), []
     for some in rows.split(batch):
         inputs = on_device(lm, model_inputs(some))
-        targets = (some if some.dim() == 2 else some[:, 0])[:, 1:].to(W.weight.device)
-        with torch.no_grad(): parts.append((inputs, targets, hidden(lm, inputs, start)))
+        with torch.no_grad(): parts.append((inputs, targets(some).to(W.weight.device), hidden(lm, inputs, start)))
     @torch.no_grad()
     def measure() -> dict[str, float]:
         total, n = 0.0, 0
-        for inputs, targets, prefix in parts:
+        for inputs, wanted, prefix in parts:
             with resume(lm, start, prefix), splice(lm, saes, keep): h = hidden(lm, inputs, "final")[:, :-1]
-            total += float(losses(W, {"base": h.flatten(0, 1)}, targets.flatten())["ce"]["base"].cpu().double().sum())
-            n += int((targets >= 0).sum())
+            total += float(losses(W, {"base": h.flatten(0, 1)}, wanted.flatten())["ce"]["base"].cpu().double().sum())
+            n += int((wanted >= 0).sum())
         return dict(ce=total / n)
     return measure
 

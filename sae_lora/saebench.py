@@ -21,7 +21,7 @@ from .metrics import bootstrap, four_models, losses
 from .splice import Identity, check_saes, fvu
 from .steering import latents_at, text_rows
 from .tasks import models
-from .text import docstrings, model_inputs
+from .text import docstrings, model_inputs, targets
 
 # %% ../nbs/07b_saebench.ipynb #17b8e91c
 class Zero(Identity):
@@ -39,12 +39,12 @@ def loss_recovered(lm, saes: dict, rows: Tensor, clean: str = "base", keep: str 
     W, total, n = head(lm), {}, 0
     for some in rows.split(batch):
         inputs = on_device(lm, model_inputs(some))
-        ids = (some if some.dim() == 2 else some[:, 0]).to(W.weight.device)
+        wanted = targets(some).to(W.weight.device)
         found, nothing = (four_models(lm, s, inputs, keep) for s in (saes, zeros))
         h = {m: x[:, :-1].flatten(0, 1) for m, x in {"clean": found[clean], "sae": found[spliced], "zero": nothing[spliced]}.items()}
-        for kind, by in losses(W, h, ids[:, 1:].flatten(), teacher="clean").items():
+        for kind, by in losses(W, h, wanted.flatten(), teacher="clean").items():
             for m, x in by.items(): total[f"{kind}_{m}"] = total.get(f"{kind}_{m}", 0) + float(x.cpu().double().sum())
-        n += int((ids[:, 1:] >= 0).sum())
+        n += int((wanted >= 0).sum())
     t = {k: v / n for k, v in total.items()}
     return dict(clean=clean, loss_recovered=(t["ce_zero"] - t["ce_sae"]) / (t["ce_zero"] - t["ce_clean"]), kl_score=1 - t["kl_sae"] / t["kl_zero"], **t)
 

@@ -21,6 +21,7 @@ from .files import UsageError
 from .lora import lora_parameters, without_lora
 from .metrics import bootstrap
 from .splice import check_saes, splice
+from .text import beginning, separator
 
 # %% ../nbs/07_tasks.ipynb #05378a13
 MODELS = {"base": (False, False), "spliced": (False, True), "adapted_unspliced": (True, False), "adapted": (True, True)}  # (adapter on, SAE in)
@@ -135,6 +136,21 @@ def _pool(rows: list[dict]) -> dict:
     items = np.array([x for r in rows for x in r["items"]])
     return _row(rows[0]["metric"], float(items.mean()), float(items.std(ddof=1) / len(items) ** 0.5) if len(items) > 1 else None, items.tolist())
 
+# %% ../nbs/07_tasks.ipynb #6760f2b6
+def _prefix(tok) -> int | None:
+    "The id to stand before a text without context: what the tokenizer itself puts there; `None` leaves it to lm-eval."
+    start = beginning(tok)
+    return None if start == [separator(tok)] else start[0]
+
+def _one_beginning(HFLM):
+    "lm-eval's model class; a text that is scored as a whole begins once."
+    class Model(HFLM):
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            before, self.add_bos_token = self.add_bos_token, False  # the prefix is there already
+            try: return super().loglikelihood_rolling(requests, disable_tqdm)
+            finally: self.add_bos_token = before
+    return Model
+
 # %% ../nbs/07_tasks.ipynb #0f509cb8
 @contextmanager
 def _harness(lm):
@@ -146,20 +162,23 @@ def _harness(lm):
     log, mode = logging.getLogger("lm_eval"), lm.training
     level = log.level
     log.setLevel(logging.ERROR)
-    try: yield evaluate, HFLM
+    try: yield evaluate, _one_beginning(HFLM)
     finally:
         lm.train(mode)
         log.setLevel(level)
 
-def benchmark(lm, tok, tasks, saes: dict | None = None, data=None, limit: int | None = None, batch_size=8, keep: str = "special") -> dict[str, dict]:
+# %% ../nbs/07_tasks.ipynb #721ca5d8
+def benchmark(lm, tok, tasks, saes: dict | None = None, data=None, limit: int | None = None, batch_size=8,
+              keep: str = "special") -> dict[str, dict]:
     """Scores of `lm` as it stands, with `saes` spliced in where given: `{task: {metric, value, stderr, ci95, n, items}}`.
 
-    `tasks` are names of lm-eval's or of the families in `LOCAL`, with rows from the folder `data`, or lm-eval configurations; `limit` items of each, all unless given.
-    Raises `UsageError` where a task cannot be had."""
+    `tasks` are names of lm-eval's or of the families in `LOCAL`, with rows from the folder `data`, or lm-eval
+    configurations; `limit` items of each, all unless given. Raises `UsageError` where a task cannot be had."""
     tasks = [tasks] if isinstance(tasks, (str, dict)) else list(tasks)
-    with _harness(lm) as (evaluate, HFLM), splice(lm, saes, keep) if saes else nullcontext():
+    with _harness(lm) as (evaluate, Model), splice(lm, saes, keep) if saes else nullcontext():
         loaded, families = _loaded(tasks, data)
-        out = evaluate(HFLM(pretrained=lm, tokenizer=tok, batch_size=batch_size), loaded, limit=limit, bootstrap_iters=1000)
+        model = Model(pretrained=lm, tokenizer=tok, batch_size=batch_size, prefix_token_id=_prefix(tok))
+        out = evaluate(model, loaded, limit=limit, bootstrap_iters=1000)
     rows = {name: _score(r, out["samples"].get(name, [])) for name, r in out["results"].items() if any("," in k for k in r)}
     return {f: _pool([rows[n] for n in names]) for f, names in families.items()} | rows
 

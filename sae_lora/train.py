@@ -8,7 +8,7 @@ __all__ = ['SHARED', 'RECIPES', 'LONG', 'ADAPTER', 'distill_each', 'distill', 'd
            'fit_e2e']
 
 # %% ../nbs/06_train.ipynb #c4e7d967
-import hashlib
+import hashlib, math
 from contextlib import contextmanager
 
 import torch
@@ -77,7 +77,7 @@ RECIPES = {
     "fast": dict(batch=2, lr=1e-3, warmup=0.05, decay="linear", clip=1.0, weight_decay=0.0, betas=(0.9, 0.99)),
     "published": dict(batch=1, lr=5e-5, warmup=0.0, decay="constant", clip=1.0, weight_decay=0.01, betas=(0.9, 0.999)),
 }
-LONG = 2**16  # from this many tokens on, making fused kernels for the first time takes no longer than they save
+LONG = {"cpu": 2**16, "cuda": 2**22}  # from this many tokens on, making fused kernels takes no longer than they save
 ADAPTER = {"fast": dict(), "published": dict(alpha=32, lora_dropout=0.1)}  # what each recipe asks of `add_lora`
 
 # %% ../nbs/06_train.ipynb #3b91dfc4
@@ -121,7 +121,7 @@ def _fit_kl(lm, students: dict, groups: list[dict], rows: Tensor, tokens: int, r
     def measured():
         with fast: return measure()  # the frozen weights are in bfloat16 meanwhile
     torch.manual_seed(seed)
-    fuse = not published and (fuse is True or fuse == "auto" and tokens * len(students) >= LONG and not sharded(lm) and can_compile(device.type))
+    fuse = not published and (fuse is True or fuse == "auto" and tokens * len(students) >= LONG.get(device.type, math.inf) and not sharded(lm) and can_compile(device.type))
     with _published_conditions(lm) if published else prepared(lm, fast, rows.shape[-1]), compiled(lm, fuse):
         return loop(losses_of, groups, tokens // step_tokens, step_tokens, run=run, checkpoint=checkpoint, measure=measure and measured, callback=callback, **settings)
 

@@ -3,6 +3,10 @@ import os
 from pathlib import Path
 
 import pytest
+
+from sae_lora.files import patient_threads
+
+patient_threads()  # the suite starts processes of its own; before torch is loaded
 import torch
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -142,6 +142,26 @@ def test_right_padding_without_a_mask_changes_nothing(adapted, keep):
             assert abs(together - float(alone)) < 2e-3
 
 
+@pytest.mark.parametrize("adds", [True, False])
+def test_items_begin_as_the_tokenizer_begins_a_text(adds, data):
+    "With a context, without one, and as a whole: one BOS where the tokenizer puts it there, and lm-eval's own choice where it does not."
+    from test_beginnings import BOS, tokenizer
+    from sae_lora.text import beginning, separator
+    lm, tok, seen = tiny("llama"), tokenizer("<bos> $A" if adds else None), []
+    lm.name_or_path = lm.config._name_or_path = "tiny"
+    lm.register_forward_pre_hook(lambda m, args, kwargs: seen.extend(kwargs.get("input_ids", args[0] if args else None)), with_kwargs=True)
+    for task in ("blimp_wh_island", "truthfulqa_mc1"):
+        benchmark(lm, tok, task, data=data, batch_size=2)
+        asked = adds or task == "blimp_wh_island"  # without a context lm-eval puts the tokenizer's bos_token
+        assert seen and all((int(row[0]) == BOS) == asked and not (row[1:] == BOS).any() for row in seen)
+        seen.clear()
+    whole = {"task": "whole", "output_type": "loglikelihood_rolling", "test_split": "test", "doc_to_text": "", "doc_to_target": "{{text}}",
+             "metric_list": [{"metric": "word_perplexity"}], "custom_dataset": lambda **_: __import__("datasets").DatasetDict({"test": __import__("datasets").Dataset.from_list([{"text": "w5 w6 w7"}])})}
+    benchmark(lm, tok, whole)
+    assert [row.tolist() for row in seen] == [[BOS, 5, 6]]
+    assert beginning(tok) == ([BOS] if adds else [separator(tok)])
+
+
 def test_mode_is_restored_even_on_an_error(clean, data):
     lm, tok, saes, _ = clean
     lm.train()
