@@ -7,7 +7,7 @@ __all__ = ['EMBEDDED_TEXTS', 'CHECKED', 'SPARE', 'SAE_CARD', 'SAE_MEASURED', 'he
            'ready', 'budget', 'short_check', 'write_report', 'run_adapt', 'stretches', 'sae_card', 'measure_sae',
            'run_train_sae']
 
-# %% ../nbs/10b_adapt.ipynb #5d0a3dea
+# %% ../nbs/10b_adapt.ipynb #db1b5009
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor
 from .check import (duration, expected, fuses, peak_memory, preflight, tokens_in,
                             warnings_of)
 from .files import UsageError, written
-from .lm import device_of, layers as blocks_of, leads, load_lm, processes, shard
+from .lm import device_of, layers as blocks_of, leads, load_lm, processes
 from .lora import add_lora, save_adapter, won_back
 from .metrics import fidelity, sparsity, token_losses
 from .sae import fingerprint, load_sae, save_sae
@@ -27,7 +27,7 @@ from .states import harvest
 from .text import Blocks, model_inputs, token_blocks
 from .train import ADAPTER, fit_lora, fit_sae
 
-# %% ../nbs/10b_adapt.ipynb #86b7f435
+# %% ../nbs/10b_adapt.ipynb #8090beeb
 EMBEDDED_TEXTS = ("default", "broad", "docs", "prose")
 
 def held_out(text: str | None, trained_on: str, tok, length: int, tokens: int) -> Blocks:
@@ -38,7 +38,7 @@ def held_out(text: str | None, trained_on: str, tok, length: int, tokens: int) -
     share = 0.05 if text in (*EMBEDDED_TEXTS, trained_on) else 1.0
     return token_blocks(text, tok, length, 0, tokens, share=share)
 
-# %% ../nbs/10b_adapt.ipynb #fe70024c
+# %% ../nbs/10b_adapt.ipynb #f6d04f86
 _PACKAGES = ("sae_lora", "torch", "transformers", "peft", "sae_lens")
 
 def _of_sae(lm, sae, layer, blocks: Blocks, keep: str) -> dict:
@@ -51,7 +51,7 @@ def _means(own: list[dict]) -> dict:
     "Means over SAEs."
     return {name: sum(s[name] for s in own) / len(own) for name in ("l0", "fvu")}
 
-# %% ../nbs/10b_adapt.ipynb #f6a0d7e3
+# %% ../nbs/10b_adapt.ipynb #4a34740a
 def report(lm, saes: dict, blocks: Blocks, keep: str = "special", **about) -> dict:
     "Measure the four models and the SAEs on the validation rows of `blocks`; `about` is passed on."
     device, r = device_of(lm), fidelity(lm, saes, blocks.valid, keep)
@@ -62,7 +62,7 @@ def report(lm, saes: dict, blocks: Blocks, keep: str = "special", **about) -> di
                    versions={p: version(p) for p in _PACKAGES})
     return what | about | dict(valid_tokens=r.pop("tokens")) | r | _means(own) | machine
 
-# %% ../nbs/10b_adapt.ipynb #337a8437
+# %% ../nbs/10b_adapt.ipynb #50b1861d
 def sentence(r: dict) -> str:
     "What happened, in one sentence: what the splice costs, and what the adapter wins back of it."
     where = ", ".join(str(s["layer"]) for s in r["saes"])
@@ -73,7 +73,7 @@ def sentence(r: dict) -> str:
     text = f"{r['valid_tokens']:,} held-out tokens of {r['text']} text"
     return f"Splicing {what} of {r['model']} costs {costs} on {text}; {won_back(r)}."
 
-# %% ../nbs/10b_adapt.ipynb #9077d460
+# %% ../nbs/10b_adapt.ipynb #5347f869
 def free_folder(out: Path, resume: bool | None = None):
     """Raise `UsageError` where `out` is a file, or holds anything that is not to be resumed.
 
@@ -85,7 +85,7 @@ def free_folder(out: Path, resume: bool | None = None):
     more = "" if resume is None else ", or --resume the run it holds"
     raise UsageError(f"{out} is not empty; choose another --out{more}")
 
-# %% ../nbs/10b_adapt.ipynb #efb8661e
+# %% ../nbs/10b_adapt.ipynb #3e2c3051
 def ready(model="smollm2-135m", saes: dict | None = None, text="broad", length: int = 256,
           valid_tokens: int = 16_384, valid_text=None, device=None, spread: bool = False) -> tuple:
     """Model, tokenizer, SAEs (the embedded one by default) and rows to measure on, as `Blocks`.
@@ -94,14 +94,13 @@ def ready(model="smollm2-135m", saes: dict | None = None, text="broad", length: 
     had, or an SAE does not fit."""
     if spread and device:
         raise UsageError("--shard puts the model on a device for each process; leave --device out")
-    lm, tok = load_lm(model, device="cpu" if spread else device)
-    if spread: shard(lm)
+    lm, tok = load_lm(model, device=device, spread=spread)
     saes = check_saes(lm, saes or {14: load_sae("default")})
     blocks = held_out(valid_text, text, tok, length, valid_tokens)
     check_fit(lm, saes, model_inputs(blocks.valid[:4]))
     return lm, tok, saes, blocks
 
-# %% ../nbs/10b_adapt.ipynb #78c2d702
+# %% ../nbs/10b_adapt.ipynb #ef9302da
 CHECKED = 1024  # tokens that the short check looks at
 SPARE = 60.0  # seconds that measuring may take before it shortens the training
 
@@ -115,7 +114,7 @@ def _kept_tokens(state: Path) -> int | None:
     if not state.exists(): return None
     with safe_open(state, "pt") as f: return json.loads(f.metadata()["run"])["tokens"]
 
-# %% ../nbs/10b_adapt.ipynb #26903758
+# %% ../nbs/10b_adapt.ipynb #7d685fee
 def short_check(lm, tok, saes: dict, blocks: Blocks, adapter: dict, training: dict,
                 tokens: int | None = None, minutes: float = 3) -> dict:
     """What `preflight` finds on a thousand tokens, what the budget takes, and the warnings.
@@ -127,7 +126,7 @@ def short_check(lm, tok, saes: dict, blocks: Blocks, adapter: dict, training: di
     found |= expected(found, tokens, valid.numel(), fuses(lm, tokens, training))
     return found | dict(asked_tokens=tokens, warnings=warnings_of(found))
 
-# %% ../nbs/10b_adapt.ipynb #5306b6d9
+# %% ../nbs/10b_adapt.ipynb #ceb1a0d5
 def write_report(folder: Path, name: str, r: dict):
     "Write a report to the file `name` in `folder` as JSON, whole or not at all."
     with written(folder / name) as part: part.write_text(json.dumps(r, indent=1) + "\n")
@@ -148,7 +147,7 @@ def _save(out: Path, lm, saes: dict, curve: list[dict], r: dict):
     write_report(out, "report.json", r)
     (out / "state.safetensors").unlink()
 
-# %% ../nbs/10b_adapt.ipynb #da6b1f9b
+# %% ../nbs/10b_adapt.ipynb #35cb6ac0
 def run_adapt(out, saes: dict | None = None, model="smollm2-135m", text="broad", *, valid_text=None,
               cut=0.8, length=256, tokens: int | None = 393_216, minutes: float = 3,
               valid_tokens=16_384, rank=64, layers="after", recipe="fast", keep="special", seed=0,
@@ -187,7 +186,7 @@ def run_adapt(out, saes: dict | None = None, model="smollm2-135m", text="broad",
     _save(out, lm, saes, curve, r)
     return lm, tok, saes, blocks, r
 
-# %% ../nbs/10b_adapt.ipynb #181209da
+# %% ../nbs/10b_adapt.ipynb #2e439620
 def stretches(lm, saes: dict, rows: Tensor, n: int = 3, width: int = 48) -> list[dict]:
     """The `n` stretches of `rows` whose loss the adapter lowered most.
 
@@ -223,12 +222,12 @@ library_name: saelens
     sae = SAE.load_from_disk("this/folder")
 """
 
-# %% ../nbs/10b_adapt.ipynb #60f35d84
+# %% ../nbs/10b_adapt.ipynb #9dfc2885
 SAE_MEASURED = (
     "On {valid_tokens:,} held-out tokens of `{text}` text: L0 {l0:.1f}, FVU {fvu:.4f} (stray "
     "attention sinks, {stray} positions, left out), {dead:.2%} dead latents. Spliced in, on the "
-    "first eighth of them, it costs {gap:.3f} nats per token (95% interval {low:.3f} to {high:.3f}, "
-    "base {base:.3f}), and the KL from the base model is {kl:.3f}.")
+    "first eighth of them, it costs {gap:.3f} nats per token (95% interval {low:.3f} to "
+    "{high:.3f}; base {base:.3f}), and the KL from the base model is {kl:.3f}.")
 
 def sae_card(r: dict) -> str:
     "The card of a trained SAE, from its report; it says so where nothing was measured yet."
@@ -243,7 +242,7 @@ def measure_sae(lm, sae, layer: int, rows: Tensor) -> dict:
     few, own = rows[:max(len(rows) // 8, 1)], sparsity(lm, sae, layer, rows)
     return fidelity(lm, {layer: sae}, few) | own | dict(valid_tokens=rows.numel())
 
-# %% ../nbs/10b_adapt.ipynb #28037154
+# %% ../nbs/10b_adapt.ipynb #6ddf071a
 def run_train_sae(out, model="smollm2-135m", text="default", *, layer=14, width=4608, k=32,
                   tokens=3 * 2**21, text_tokens=2**23, lr=2e-3, batch=1024, valid_tokens=98_304,
                   half=False, device=None, seed=0) -> dict:

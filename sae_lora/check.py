@@ -7,7 +7,7 @@ __all__ = ['FUSED', 'MAKING', 'BADLY', 'BETTER', 'OFF', 'UNEXPLAINED', 'peak_mem
            'beginning_losses', 'promised_l0', 'tried', 'step_rows', 'timed_steps', 'preflight', 'fuses', 'expected',
            'tokens_in', 'warnings_of', 'duration', 'lines']
 
-# %% ../nbs/10a_check.ipynb #272965d7
+# %% ../nbs/10a_check.ipynb #c29ad58b
 import math, os, re, resource, statistics, sys, time
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +24,7 @@ from .splice import check_saes
 from .text import beginning, model_inputs, separator
 from .train import LONG, RECIPES, fit_lora
 
-# %% ../nbs/10a_check.ipynb #5ade9f6b
+# %% ../nbs/10a_check.ipynb #014f2083
 def peak_memory(device="cpu") -> int:
     """The most memory that was held, in bytes: on `device`, or by this process for the CPU.
 
@@ -37,7 +37,7 @@ def peak_memory(device="cpu") -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
-# %% ../nbs/10a_check.ipynb #5a5af3b1
+# %% ../nbs/10a_check.ipynb #4e28d0fa
 def memory_of(device="cpu") -> int:
     "The memory of `device`, in bytes; for the CPU the machine's, or what a container may have."
     device = torch.device(device)
@@ -48,13 +48,13 @@ def memory_of(device="cpu") -> int:
     allowed = limit.read_text().strip() if limit.exists() else "max"
     return min(machine, int(allowed)) if allowed.isdigit() else machine
 
-# %% ../nbs/10a_check.ipynb #ad61cef0
+# %% ../nbs/10a_check.ipynb #fd507c8e
 def beginnings(tok) -> dict[str, list[int]]:
     "Ways for a row to begin, ids by name: as rows do, with the `bos_token`, with the separator."
     others = [[i] for i in (tok.bos_token_id, separator(tok)) if i is not None]
     return {" ".join(tok.convert_ids_to_tokens(ids)): ids for ids in (beginning(tok), *others)}
 
-# %% ../nbs/10a_check.ipynb #5419e45f
+# %% ../nbs/10a_check.ipynb #583a574d
 @torch.no_grad()
 def base_loss(lm, rows: Tensor, skip: int = 1, chunk: int = 256) -> float:
     "Mean cross-entropy of `lm` as it is on `rows` `(rows, length)`, in nats, from token `skip` on."
@@ -68,7 +68,7 @@ def base_loss(lm, rows: Tensor, skip: int = 1, chunk: int = 256) -> float:
         count += len(after)
     return total / count
 
-# %% ../nbs/10a_check.ipynb #71c8282b
+# %% ../nbs/10a_check.ipynb #802030d8
 def beginning_losses(lm, tok, rows: Tensor) -> dict[str, float]:
     "Mean cross-entropy, in nats, of the text in `rows` `(rows, length)` after each beginning."
     ways = beginnings(tok)
@@ -79,7 +79,7 @@ def beginning_losses(lm, tok, rows: Tensor) -> dict[str, float]:
         found[name] = base_loss(lm, again, len(ids) + 1)
     return found
 
-# %% ../nbs/10a_check.ipynb #4f4bd97f
+# %% ../nbs/10a_check.ipynb #c3c40556
 _PROMISED = ("l0", "average_l0", "expected_l0", "expected_average_l0", "k")
 
 def _registered(source: str) -> tuple[float | None, str]:
@@ -90,7 +90,7 @@ def _registered(source: str) -> tuple[float | None, str]:
     if not known: return None, ""
     return known.expected_l0.get(name) or None, known.saes_map.get(name, "")
 
-# %% ../nbs/10a_check.ipynb #90cb9cd7
+# %% ../nbs/10a_check.ipynb #080dc4a9
 def promised_l0(sae) -> float | None:
     "The active latents a position that the file of `sae` promises; `None` where it says nothing."
     if getattr(sae.cfg, "k", None): return float(sae.cfg.k)
@@ -103,7 +103,7 @@ def promised_l0(sae) -> float | None:
     named = re.search(r"average_l0_(\d+)", f"{source} {path}")
     return l0 or (float(named[1]) if named else None)
 
-# %% ../nbs/10a_check.ipynb #93b4c131
+# %% ../nbs/10a_check.ipynb #6ca493fa
 @contextmanager
 def tried(lm, saes: dict, adapter: dict):
     """Inside, `lm` carries a new adapter, `add_lora(lm, saes, **adapter)`; afterwards none.
@@ -120,7 +120,7 @@ def tried(lm, saes: dict, adapter: dict):
         for name, module in list(lm.named_modules()):
             if isinstance(module, BaseTunerLayer): lm.set_submodule(name, module.base_layer)
 
-# %% ../nbs/10a_check.ipynb #8c30e905
+# %% ../nbs/10a_check.ipynb #5cf0ff3e
 def step_rows(training: dict) -> int:
     "Rows a step of `fit_lora(…, **training)`; those of the recipe where no number is given."
     own = RECIPES.get(training.get("recipe", "fast"), RECIPES["fast"])["batch"]
@@ -136,7 +136,7 @@ def timed_steps(lm, saes: dict, rows: Tensor, training: dict, steps: int = 4) ->
     ends = [0.0, *(row["seconds"] for row in curve)]
     return [end - start for start, end in zip(ends, ends[1:])]
 
-# %% ../nbs/10a_check.ipynb #0cdb5568
+# %% ../nbs/10a_check.ipynb #e5ea4bba
 def _clocked(function, *args) -> tuple:
     "What a function gives, and the seconds it took."
     began = time.perf_counter()
@@ -152,7 +152,7 @@ def _seen(lm, saes: dict, rows: Tensor, keep: str) -> list[dict]:
                           fvu=own["fvu"]))
     return found
 
-# %% ../nbs/10a_check.ipynb #96443a4b
+# %% ../nbs/10a_check.ipynb #85d0d58c
 def _trial(lm, saes: dict, rows: Tensor, adapter: dict, training: dict, steps: int) -> tuple:
     "What `fidelity` measures beside a tried adapter, and the pace of training and measuring."
     with tried(lm, saes, adapter):
@@ -164,7 +164,7 @@ def _trial(lm, saes: dict, rows: Tensor, adapter: dict, training: dict, steps: i
                    step_seconds=statistics.median(times), state_bytes=3 * weights,
                    evaluate_seconds_per_token=measuring / rows.numel())
 
-# %% ../nbs/10a_check.ipynb #764ef798
+# %% ../nbs/10a_check.ipynb #438dd92d
 def preflight(lm, tok, saes: dict, rows: Tensor, adapter: dict = {}, training: dict = {},
               steps: int = 4) -> dict:
     """What a run with `add_lora(…, **adapter)` and `fit_lora(…, **training)` will meet, measured on
@@ -183,7 +183,7 @@ def preflight(lm, tok, saes: dict, rows: Tensor, adapter: dict = {}, training: d
                 kl=r["kl"]["spliced"], ci95=dict(gap=r["ci95"]["gap"]), saes=own, **pace,
                 peak_memory_bytes=peak_memory(device))
 
-# %% ../nbs/10a_check.ipynb #788e7cc3
+# %% ../nbs/10a_check.ipynb #34a3db2d
 FUSED = 0.85  # what a step takes with fused kernels: between 0.75 and 0.9 was seen on processors
 MAKING = 40.0  # seconds that making them takes on two cores, the first time
 
@@ -191,9 +191,9 @@ def fuses(lm, tokens: int, training: dict = {}) -> bool:
     "Whether `fit_lora` would want fused kernels for so many tokens."
     wanted = training.get("fuse", "auto")
     if training.get("recipe") == "published" or sharded(lm): return False
-    return wanted is True or wanted == "auto" and tokens >= LONG
+    return wanted is True or wanted == "auto" and tokens >= LONG.get(device_of(lm).type, math.inf)
 
-# %% ../nbs/10a_check.ipynb #3f60a1b5
+# %% ../nbs/10a_check.ipynb #f1036593
 def expected(found: dict, tokens: int, valid_tokens: int = 16_384, fused: bool = False) -> dict:
     """What training on `tokens` and measuring on `valid_tokens` takes, from what `preflight` gave.
 
@@ -212,7 +212,7 @@ def tokens_in(found: dict, seconds: float, least: int = 2**13) -> int:
     steps = max(int(seconds / found["step_seconds"]), math.ceil(least / found["step_tokens"]))
     return steps * found["step_tokens"]
 
-# %% ../nbs/10a_check.ipynb #3dd48bca
+# %% ../nbs/10a_check.ipynb #c8dc47ff
 BADLY, BETTER, OFF, UNEXPLAINED = 100, 0.1, 1.5, 0.5
 
 def _of_text(p: dict) -> list[str]:
@@ -230,7 +230,7 @@ def _of_text(p: dict) -> list[str]:
     if why: said.append(f"{why}, on {p['tokens']:,} tokens; there may be nothing to win back")
     return said
 
-# %% ../nbs/10a_check.ipynb #bb697913
+# %% ../nbs/10a_check.ipynb #9cb1136b
 def _of_sae(s: dict) -> list[str]:
     "Warnings of one SAE."
     said, at, promised = [], f"the SAE at layer {s['layer']}", s["promised_l0"]
@@ -250,7 +250,7 @@ def warnings_of(p: dict) -> list[str]:
                     "give fewer rows a step (--batch), shorter rows, or a lower rank")
     return said
 
-# %% ../nbs/10a_check.ipynb #324722c4
+# %% ../nbs/10a_check.ipynb #aec5b18f
 def duration(seconds: float) -> str:
     "A time as one would say it."
     if seconds < 90: return f"{seconds:.0f} seconds"
@@ -264,7 +264,7 @@ def _budget(p: dict) -> str:
     return (f"about {train} of training on {p['train_tokens']:,} tokens, {measure} of measuring; "
             f"{needs:.1f} GB of memory, where the device has {has:.0f}")
 
-# %% ../nbs/10a_check.ipynb #75f3278f
+# %% ../nbs/10a_check.ipynb #095de3cb
 def _of_each(s: dict) -> tuple[str, str]:
     "The line of one SAE."
     promised = f", {s['promised_l0']:.0f} promised" if s["promised_l0"] else ""
