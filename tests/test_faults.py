@@ -46,10 +46,33 @@ SMALL = ("--tokens", 2048, "--valid-tokens", 512, "--rank", 2)
     (["--model", "no/such-model"], ["no/such-model", "smollm2-135m"]),
     (["--text", "missing.txt"], ["missing.txt", "no such file"]),
     (["--tokens", 100], ["100 tokens", "512"]),
+    (["--batch", "0"], ["batch '0'", "auto", "1 or more"]),
+    (["--batch", "some"], ["batch 'some'", "auto"]),
+    (["--device", "cuda:99"], ["cuda:99", "does not exist"]),
+    (["--device", "abacus"], ["abacus", "does not exist"]),
 ])
 def test_wrong_arguments(sae_lora, tmp_path, arguments, words):
     refused(sae_lora("adapt", "--out", tmp_path / "out", *SMALL, *arguments), *words)
     assert not (tmp_path / "out" / "report.json").exists()
+
+
+@pytest.mark.parametrize("command", [["evaluate", "RUN"], ["train-sae", "--out", "RUN/sae"], ["demo", "--out", "RUN/demo"], ["check"]])
+def test_a_device_that_is_not_there(sae_lora, tmp_path, command):
+    (tmp_path / "report.json").write_text('{"model": "smollm2-135m", "text": "default"}')
+    refused(sae_lora(*(c.replace("RUN", str(tmp_path)) for c in command), "--device", "cuda:99"), "cuda:99", "does not exist")
+    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+
+
+@pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
+def test_a_demo_takes_some_time(sae_lora, tmp_path, minutes):
+    refused(sae_lora("demo", "--out", tmp_path / "demo", "--minutes", minutes), "--minutes", "above 0")
+    assert not (tmp_path / "demo").exists()
+
+
+def test_what_cannot_be_resumed_does_not_advise_it(sae_lora, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    code, said = sae_lora("train-sae", "--out", tmp_path)
+    assert code == 2 and "not empty" in said and "--resume" not in said
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -142,7 +165,7 @@ def test_an_adapter_is_saved_over_an_earlier_one(tmp_path):
     save_adapter(lm, saes, tmp_path / "adapter")
     (tmp_path / "adapter" / "notes.txt").write_text("mine")
     save_adapter(lm, saes, tmp_path / "adapter", metrics={"ce": {"base": 1.0}, "gap_closed": 0.5})
-    assert "Gap closed" in (tmp_path / "adapter" / "README.md").read_text() and (tmp_path / "adapter" / "notes.txt").read_text() == "mine"
+    assert "wins back 50 %" in (tmp_path / "adapter" / "README.md").read_text() and (tmp_path / "adapter" / "notes.txt").read_text() == "mine"
 
 
 def test_a_loss_that_is_not_a_number_keeps_the_last_good_state(tmp_path):

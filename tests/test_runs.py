@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-KEYS = "model saes text tokens seed recipe ce kl gap gap_closed ci95 l0 fvu train_seconds tokens_per_second peak_memory_bytes versions".split()
+KEYS = "model saes text tokens seed recipe ce kl gap gap_closed kl_closed ci95 l0 fvu train_seconds tokens_per_second device peak_memory_bytes versions".split()
 SMALL = ["--tokens", "12288", "--valid-tokens", "2048", "--rank", "8"]
 
 
@@ -78,7 +78,39 @@ def test_killed_and_resumed_is_unbroken_bit_for_bit(unbroken, tmp_path, seconds)
 def test_demo_for_people(tmp_path):
     done = subprocess.run(command("demo", "--out", tmp_path / "demo", "--tokens", 4096), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "adapted, unspliced" in done.stdout and "wins back" in done.stdout and "spliced → adapted" in done.stdout
+    assert "adapted, unspliced" in done.stdout and "spliced → adapted" in done.stdout
+    last = " ".join(done.stdout.split("Splicing")[-1].split())
+    assert "wins back" in last and "of that in cross-entropy (95% interval" in last and "% in KL (" in last
+    assert "training on about 4,000 tokens, which this machine does in" in done.stderr and "held-out" in done.stderr
+    told = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert told["tokens"] == 4096 and told["check"]["train_tokens"] == 4096
+
+
+def test_a_demo_by_time_is_resumed_with_the_tokens_it_chose(tmp_path):
+    out = tmp_path / "demo"
+    process = subprocess.Popen(command("demo", "--out", out, "--minutes", 0.05), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (out / "state.safetensors").exists() and process.poll() is None: time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (out / "report.json").exists(), "the demo was over before it was killed"
+    report = run("demo", "--out", out, "--minutes", 60, "--resume")  # it would be more tokens now
+    assert report["tokens"] == report["check"]["train_tokens"] == 8192 and report["valid_tokens"] == 32 * 255
+    assert 0 < report["kl_closed"] < 1 and report["changes"] == {"fuse": False}
+
+
+def test_the_check_of_a_run_is_in_its_report(unbroken):
+    found = unbroken[1]["check"]
+    assert found["train_tokens"] == 12288 and found["warnings"] == [] and found["tokens"] == 4 * 255
+    assert found["saes"][0]["promised_l0"] == 32 and abs(found["saes"][0]["l0"] - 32) < 1
+    assert set(found["beginnings"]) == {"<|endoftext|>", "<|im_start|>"}
+
+
+def test_check_foretells_what_adapt_takes(unbroken):
+    found = run("check", *SMALL)
+    assert found["perplexity"] < 30 and 0 < found["gap"] < 0.3 and found["warnings"] == []
+    assert abs(found["memory_bytes"] / unbroken[1]["peak_memory_bytes"] - 1) < 0.2
+    done = subprocess.run(command("check", *SMALL), capture_output=True, text=True)
+    assert done.returncode == 0 and "SAE at 14" in done.stdout and "held-out tokens" in done.stdout and "GB of memory" in done.stdout
 
 
 def test_train_sae(tmp_path):
