@@ -21,17 +21,17 @@ from types import FunctionType
 from typing import Callable, NamedTuple
 from unittest.mock import patch
 
+import conftest
 import torch
 from conftest import random_sae, tiny
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import sae_lora
-from sae_lora import cli, experiments, latents, loop, lora, loss, metrics, results
+from sae_lora import adapt, check, cli, experiments, latents, loop, lora, loss, metrics, results
 from sae_lora import lm as models_of
 from sae_lora import sae as saes_of
 from sae_lora import saebench, splice, states, steering, tasks, text, train
-
 
 MODULES = [m.name for m in pkgutil.iter_modules(sae_lora.__path__) if m.name[0] != "_"]
 PACKAGE = [importlib.import_module(f"sae_lora.{name}") for name in MODULES]
@@ -96,9 +96,10 @@ def tokenizer():
 
 
 @lru_cache(None)
-def model_folder(architecture: str = "llama") -> Path:
+def model_folder(architecture: str = "llama", layers: int = 4) -> Path:
     "A tiny model on disk. Words of a letter have something in common, for probes to find."
-    lm, folder = tiny(architecture), room(f"model-{architecture}")
+    with patch.dict(conftest.SMALL, num_hidden_layers=layers):
+        lm, folder = tiny(architecture), room(f"model-{architecture}-{layers}")
     g = torch.Generator().manual_seed(1)
     letters = torch.randn(8, 32, generator=g).repeat_interleave(len(SYLLABLES), 0)
     lm.get_input_embeddings().weight.data[len(SPECIAL):] += letters
@@ -644,12 +645,10 @@ def chosen(device, dtype):
         given.append(lm)
         return lm, tok
     with ExitStack() as stack:
-        for module in PACKAGE:
-            if hasattr(module, "default_device"):
-                name = patch.object(module, "default_device", lambda: str(device))
-                stack.enter_context(name)
-        for module in (cli, experiments):
-            stack.enter_context(patch.object(module, "load_lm", load_lm))
+        for name, stand_in in (("default_device", lambda: str(device)), ("load_lm", load_lm)):
+            for module in PACKAGE:
+                if hasattr(module, name):
+                    stack.enter_context(patch.object(module, name, stand_in))
         yield given
 
 
@@ -657,6 +656,20 @@ def on(lms: list, device) -> bool:
     "Whether all models were put on the device."
     kind = torch.device(device).type
     return bool(lms) and all(p.device.type == kind for lm in lms for p in lm.parameters())
+
+
+CLOCK = {"train_seconds", "tokens_per_second", "first_step_seconds", "step_seconds",
+         "evaluate_seconds", "evaluate_seconds_per_token", "peak_memory_bytes", "memory_bytes",
+         "device_memory_bytes", "warnings", "versions", "device", "source", "dtype"}
+
+
+def lasting(report):
+    "A report without what depends on the machine, the clock or the folder."
+    if isinstance(report, list):
+        return [lasting(r) for r in report]
+    if isinstance(report, dict):
+        return {k: lasting(v) for k, v in report.items() if k not in CLOCK}
+    return report
 
 
 def command(device, dtype, *arguments) -> dict:
@@ -668,44 +681,61 @@ def command(device, dtype, *arguments) -> dict:
         except SystemExit as stop:
             assert not stop.code, f"exit code {stop.code}"
     assert on(lms, device), f"{arguments[0]} did not put its model on {device}"
-    report = json.loads(said.getvalue())
-    for other in ("train_seconds", "tokens_per_second", "peak_memory_bytes", "versions"):
-        report.pop(other, None)
-    for about in report.get("saes", []):
-        about.pop("source")
-    return report
+    return lasting(json.loads(said.getvalue()))
 
 
-def adapt_options(*saes) -> list:
-    "Arguments of `adapt` for a small run."
+def run_options(*saes) -> list:
+    "Arguments of `adapt` and `check` for a small run."
     specs = [x for s in saes for x in ("--sae", s)]
     return [*specs, "--model", model_folder(), "--text", text_file(), "--length", 16, "--rank", 2,
             "--tokens", 160, "--valid-tokens", 256]
 
 
-COMMANDS = ("cli.adapt", "cli.run_adapt", "cli.report", "cli.parse_saes", "cli.parse_layers",
-            "cli.held_out", "cli.peak_memory", "cli.main")
+COMMANDS = ("adapt.run_adapt", "adapt.ready", "adapt.short_check", "adapt.report",
+            "adapt.held_out", "cli.parse_saes", "cli.parse_layers", "cli.parse_batch", "cli.main",
+            "check.preflight", "check.base_loss", "check.beginning_losses", "check.beginnings",
+            "check.tried", "check.timed_steps", "check.step_rows", "check.expected", "check.fuses",
+            "check.warnings_of", "check.peak_memory", "check.memory_of", "check.promised_l0")
 SPECS = {"topk": [("topk", 1)], "jumprelu": [("jumprelu", 1)], "two": [("topk", 1), ("topk", 2)]}
 
 
-@covers(*COMMANDS, "cli.evaluate", "lora.attach_adapter", each=[(s,) for s in SPECS])
+@covers(*COMMANDS, "cli.adapt", "cli.evaluate", "lora.attach_adapter", "adapt.free_folder",
+        "adapt.write_report", "check.lines", "check.duration", each=[(s,) for s in SPECS])
 def adapt_and_evaluate(device, dtype, specs):
     folder = fresh()
-    options = adapt_options(*(sae_folder(*s) for s in SPECS[specs]))
+    options = run_options(*(sae_folder(*s) for s in SPECS[specs]))
     made = command(device, dtype, "adapt", "--out", folder / "run", *options)
     measured = command(device, dtype, "evaluate", folder / "run", "--text", text_file(),
                        "--valid-tokens", 256)
     return dict(made=made, measured=measured)
 
 
-@covers(*COMMANDS)
+@covers("cli.adapt", "adapt.run_adapt")
 def adapt_as_published(device, dtype):
-    options = [*adapt_options(sae_folder()), "--recipe", "published"]
+    options = [*run_options(sae_folder()), "--recipe", "published"]
     made = command(device, dtype, "adapt", "--out", fresh() / "run", *options)
     return dict(base=made["ce"]["base"], spliced=made["ce"]["spliced"])  # dropout is the device's
 
 
-@covers("cli.train_sae", "cli.measure_sae")
+@covers("cli.check", "check.preflight", "check.lines", "lora.no_share")
+def checked(device, dtype):
+    return command(device, dtype, "check", *run_options(sae_folder()))
+
+
+@covers("check.preflight", "check.timed_steps", "check.tried")
+def a_check_leaves_no_trace(device, dtype):
+    lm, tok = loaded(device, dtype)
+    there = torch if device == "cpu" else torch.get_device_module(device)
+    torch.manual_seed(5)
+    before = torch.get_rng_state(), there.get_rng_state()
+    found = check.preflight(lm, tok, {1: sae()}, blocks().valid, dict(rank=2, lora_dropout=0.1))
+    for state, was in zip((torch.get_rng_state(), there.get_rng_state()), before):
+        assert torch.equal(state, was), "random numbers after a check are others than without"
+    assert not lora.lora_parameters(lm)
+    return lasting(found)
+
+
+@covers("cli.train_sae", "adapt.run_train_sae", "adapt.measure_sae", "adapt.sae_card")
 def train_sae(device, dtype):
     return command(device, dtype, "train-sae", "--out", fresh() / "sae", "--model", model_folder(),
                    "--text", text_file(), "--layer", 1, "--width", 64, "--k", 8, "--tokens", 1024,
@@ -716,24 +746,25 @@ def train_sae(device, dtype):
 def small_demo():
     "The model, the SAE and the text of `demo` are others inside: the command has no options."
     def data_path(*parts):
-        return sae_folder()
-    with patch.object(models_of, "embedded", lambda name: model_folder()), \
+        return sae_folder(layer=14)
+    with patch.object(models_of, "embedded", lambda name: model_folder(layers=16)), \
             patch.object(saes_of, "data_path", data_path), \
             patch.object(text, "corpus", lambda source: documents(900)):
         yield
 
 
-@covers("cli.demo", "cli.passages", "cli.show", "cli.sentence", *COMMANDS)
+@covers("cli.demo", "cli.passage", "cli.show", "adapt.sentence", "adapt.stretches",
+        "lora.won_back", *COMMANDS[:5])
 def demo(device, dtype):
-    folder = fresh()
     with small_demo():
-        report = command(device, dtype, "demo", "--out", folder / "run", "--tokens", 1024)
-        from rich.console import Console
-        said = StringIO()
-        cli.show(report, Console(file=said))
-        lm, tok, saes = adapted(device, dtype)
-        cli.passages(lm, tok, saes, blocks().valid, Console(file=said), width=5)
-    assert "wins back" in said.getvalue() and "adapted" in said.getvalue()
+        report = command(device, dtype, "demo", "--out", fresh() / "run", "--tokens", 1024)
+    from rich.console import Console
+    said = StringIO()
+    cli.show(report, Console(file=said))
+    lm, tok, saes = adapted(device, dtype)
+    for found in adapt.stretches(lm, saes, blocks().valid, width=5):
+        cli.passage(tok, Console(file=said), **found)
+    assert "closed" in said.getvalue() and "spliced → adapted" in said.getvalue()
     return report
 
 

@@ -31,6 +31,8 @@ NO_TENSORS = {
     "text.for_validation": "text",
     "text.passages": "text",
     "saebench.labelled": "text",
+    "adapt.budget": "arithmetic",
+    "check.tokens_in": "arithmetic",
     "loss.bf16_pays": "asks the hardware",
     "loss.can_compile": "makes a kernel, in test_training and test_gpu",
     "lm.default_device": "a name, in test_lm",
@@ -159,7 +161,8 @@ x + torch.ones(3); torch.ones(3) + x; torch.ones(3) * x[0]
 x.add_(torch.ones(3)); torch.ones(3).add_(x)
 x @ torch.ones(3); torch.cat([x, torch.ones(3)]); torch.where(torch.ones(3) > 0, x, x)
 nn.functional.linear(x, torch.ones(2, 3)); x.index_select(0, torch.tensor([0]))
-x[i] + torch.ones(1); torch.ones(3)[i.to(d)]; nn.functional.embedding(torch.tensor([1]), x.view(3, 1))
+x[i] + torch.ones(1); torch.ones(3)[i.to(d)]
+nn.functional.embedding(torch.tensor([1]), x.view(3, 1))
 x.masked_fill(torch.ones(3) > 0, 0); x.normal_(generator=torch.Generator()); x.numpy()
 torch.isin(i.to(d), i); x.gather(0, i); x.index_fill(0, i, 0); x.scatter(0, i, 1.0)
 x.index_copy(0, i, x); torch.searchsorted(i.to(d), i)
