@@ -696,7 +696,7 @@ COMMANDS = ("adapt.run_adapt", "adapt.ready", "adapt.short_check", "adapt.report
             "check.preflight", "check.base_loss", "check.beginning_losses", "check.beginnings",
             "check.tried", "check.timed_steps", "check.step_rows", "check.expected", "check.fuses",
             "check.warnings_of", "check.peak_memory", "check.memory_of", "check.promised_l0")
-SPECS = {"topk": [("topk", 1)], "jumprelu": [("jumprelu", 1)], "two": [("topk", 1), ("topk", 2)]}
+SPECS = {"one": [("topk", 1)], "two": [("topk", 1), ("jumprelu", 2)]}
 
 
 @covers(*COMMANDS, "cli.adapt", "cli.evaluate", "lora.attach_adapter", "adapt.free_folder",
@@ -717,7 +717,7 @@ def adapt_as_published(device, dtype):
     return dict(base=made["ce"]["base"], spliced=made["ce"]["spliced"])  # dropout is the device's
 
 
-@covers("cli.check", "check.preflight", "check.lines", "lora.no_share")
+@covers("cli.check", "check.preflight", "lora.no_share")
 def checked(device, dtype):
     return command(device, dtype, "check", *run_options(sae_folder()))
 
@@ -919,9 +919,9 @@ def tried(name: str, device, dtype) -> dict:
         found = dict(result=result, error=None)
     except (Exception, SystemExit) as e:
         frames = [(Path(f.filename), f.lineno) for f in traceback.extract_tb(e.__traceback__)]
-        places = ("sae_lora", Path(__file__).parent.name)
-        where = [f"{f.name}:{n}" for f, n in frames if f.parent.name in places]
-        error = f"{type(e).__name__}: {str(e)[:600]} ({' > '.join(where[-6:])})"
+        of_package = [f"{f.name}:{n}" for f, n in frames if f.parent.name == "sae_lora"]
+        where = of_package or [f"{f.name}:{n}" for f, n in frames]
+        error = f"{type(e).__name__}: {str(e)[:600]} ({' > '.join(where[-4:])})"
         found = dict(result=None, error=error)
     wrong = sorted(products.where) if name.split("-")[0] not in ON_CPU else []
     return found | dict(products=wrong, seconds=time.process_time() - began)
