@@ -46,11 +46,6 @@ def _relabelled(t: Tensor, kind: int) -> Tensor:
     return torch._C._from_dlpack(capsule)
 
 
-def is_ours(t) -> bool:
-    "Whether something is a tensor on the pretend device."
-    return isinstance(t, Tensor) and t.device.type == NAME
-
-
 def on_cpu(t: Tensor) -> Tensor:
     "A CPU tensor over the same memory."
     return t if t.is_cpu else _relabelled(t, CPU)
