@@ -9,6 +9,10 @@ __all__ = ['MODELS', 'app', 'Json', 'Seed', 'Model', 'Source', 'Out', 'Tokens', 
            'main']
 
 # %% ../nbs/11_cli.ipynb #dbe02b93
+from .files import UsageError, patient_threads
+
+patient_threads()  # before torch is loaded
+
 import json, math, sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -22,7 +26,6 @@ from .adapt import (held_out, ready, report, run_adapt, run_train_sae,
                             sae_card, sentence, stretches, write_report)
 from .check import duration, expected, fuses, lines, preflight, warnings_of
 from .experiments import build_site, experiments, run_experiment, settings
-from .files import UsageError
 from .lm import load_lm
 from .lora import attach_adapter, no_share
 from .sae import hook_name, load_sae, site

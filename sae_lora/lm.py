@@ -9,7 +9,7 @@ __all__ = ['processes', 'leads', 'default_device', 'load_lm', 'stack', 'layers',
 # %% ../nbs/01_lm.ipynb #8f34a5a7
 import os
 from contextlib import contextmanager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,7 +29,7 @@ def processes():
     "accelerate's view of the processes that share this run; `None` where there is but one."
     if int(os.environ.get("WORLD_SIZE", 1)) < 2: return None
     from accelerate import PartialState
-    return PartialState(cpu=not torch.cuda.is_available())  # joins the others, and takes this process's device
+    return PartialState(cpu=not torch.cuda.is_available())  # joins the others, takes its device
 
 def leads() -> bool:
     "Whether this process is the one that prints and writes."
@@ -37,22 +37,30 @@ def leads() -> bool:
 
 # %% ../nbs/01_lm.ipynb #8f2f3e84
 def default_device() -> str:
-    "The device of this process among several; of a process alone `cuda` where there is one, else `mps`, else `cpu`."
+    """The device that a model goes to where none is named.
+
+    `cuda` where there is one, else `mps` where there is one, else `cpu`; of several processes each
+    has its own."""
     if processes(): return str(processes().device)
     if torch.cuda.is_available(): return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
+def _devices() -> list[str]:
+    "The devices of this machine."
+    other = torch.accelerator.current_accelerator()
+    return ["cpu"] + [f"{other.type}:{i}" for i in range(torch.accelerator.device_count()) if other]
+
+# %% ../nbs/01_lm.ipynb #3d2a90d2
 def _checked(device: str | torch.device | None) -> torch.device:
-    "The device that was asked for, or the default. Raises `UsageError` where this machine has none such."
+    "The device asked for, or the default. Raises `UsageError` where this machine has none such."
     try:
         found = torch.device(device or default_device())
         torch.empty(1, device=found)
         return found
-    except torch.OutOfMemoryError: return found  # it is there
+    except torch.OutOfMemoryError: return found  # it is there, and full
     except (RuntimeError, AssertionError):
-        there, other = ["cpu"], torch.accelerator.current_accelerator()
-        if other: there += [f"{other.type}:{i}" for i in range(torch.accelerator.device_count())]
-        raise UsageError(f"device {str(device)!r} does not exist here; give {' or '.join(there)}") from None
+        raise UsageError(f"device {str(device)!r} does not exist here; "
+                         f"give {' or '.join(_devices())}") from None
 
 # %% ../nbs/01_lm.ipynb #e6a1f311
 def _default_dtype(device: torch.device) -> torch.dtype:
@@ -63,64 +71,77 @@ def _default_dtype(device: torch.device) -> torch.dtype:
 
 def _free(device: torch.device) -> int | None:
     "Bytes for which `device` has room; `None` where that is not known."
-    if device.type == "mps": return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
     if device.type != "cuda": return None
     cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + cached
-
-# %% ../nbs/01_lm.ipynb #e68be627
-def _no_room(lm, device: torch.device, need: int, free: int | None) -> UsageError:
-    "The mistake of giving a device more than it can hold: what is needed, what there is, what would fit."
-    name, half = str(lm.dtype).removeprefix("torch."), need * 2 // lm.dtype.itemsize
-    ways = ["another device", "--shard on several processes"]
-    if lm.dtype.itemsize > 2 and (free is None or half < free):
-        ways = [f"dtype=torch.bfloat16 ({half / 1e9:.1f} GB)", *ways]
-    has = "less" if free is None else f"{free / 1e9:.1f} GB"
-    return UsageError(f"model {lm.name_or_path!r} needs about {need / 1e9:.1f} GB in {name} and {device} has {has} free; "
-                      f"give {', '.join(ways[:-1])} or {ways[-1]}")
-
-@contextmanager
-def _room(lm, device: torch.device, need: int):
-    "Inside, `need` bytes of `lm` go to `device`. Raises `UsageError` where there is no room."
-    if (free := _free(device)) is not None and need > free: raise _no_room(lm, device, need, free)
-    try: yield
-    except torch.OutOfMemoryError: raise _no_room(lm, device, need, None) from None
 
 def _size(module: nn.Module) -> int:
     "Bytes of a module's weights."
     return sum(w.numel() * w.element_size() for w in [*module.parameters(), *module.buffers()])
 
+# %% ../nbs/01_lm.ipynb #e68be627
+def _no_room(lm, device: torch.device, need: int, free: int | None) -> UsageError:
+    "The mistake of giving a device more than it holds: what is needed, what there is, what fits."
+    dtype, half = str(lm.dtype).removeprefix("torch."), need * 2 // lm.dtype.itemsize
+    ways = ["another device", "--shard on several processes"]
+    if lm.dtype.itemsize > 2 and (free is None or half < free):
+        ways = [f"dtype=torch.bfloat16 ({half / 1e9:.1f} GB)", *ways]
+    has = "less" if free is None else f"{free / 1e9:.1f} GB"
+    return UsageError(f"model {lm.name_or_path!r} needs about {need / 1e9:.1f} GB in {dtype} "
+                      f"and {device} has {has} free; give {', '.join(ways[:-1])} or {ways[-1]}")
+
+# %% ../nbs/01_lm.ipynb #1745175f
+@contextmanager
+def _room(lm, device: torch.device, need: int):
+    "Inside, `need` bytes of `lm` go to `device`. Raises `UsageError` where there is no room."
+    free = _free(device)
+    if free is not None and need > free: raise _no_room(lm, device, need, free)
+    try: yield
+    except torch.OutOfMemoryError: raise _no_room(lm, device, need, None) from None
+
 # %% ../nbs/01_lm.ipynb #cda53467
 def _from_pretrained(name: str, dtype) -> tuple:
     "Model and tokenizer of a hub id, a folder or a GGUF file."
-    path = Path(name).expanduser()
+    path, safe = Path(name).expanduser(), dict(trust_remote_code=False)
     if path.suffix == ".gguf" and path.is_file(): return load_gguf(path, dtype)
-    if name.startswith((".", "/", "~")) and not path.exists(): raise UsageError(f"model {name!r}: no such file or folder")
+    if name.startswith((".", "/", "~")) and not path.exists():
+        raise UsageError(f"model {name!r}: no such file or folder")
     place = str(embedded(name)) if name in EMBEDDED else str(path) if path.exists() else name
     try:
-        lm = quietly(AutoModelForCausalLM.from_pretrained, place, dtype=dtype, trust_remote_code=False, use_safetensors=True)
-        return lm, quietly(AutoTokenizer.from_pretrained, place, trust_remote_code=False)
+        kinds = dict(dtype=dtype, use_safetensors=True)
+        lm = quietly(AutoModelForCausalLM.from_pretrained, place, **kinds, **safe)
+        return lm, quietly(AutoTokenizer.from_pretrained, place, **safe)
     except (OSError, ValueError) as e:
-        raise UsageError(f"model {name!r} could not be loaded ({str(e).strip().splitlines()[0][:160]}); give {', '.join(EMBEDDED)}, "
-                         "a hub id, a folder with config.json and safetensors, or a .gguf file") from None
+        said = str(e).strip().splitlines()[0][:160]
+        kinds = f"{', '.join(EMBEDDED)}, a hub id, a folder with config.json and safetensors"
+        raise UsageError(f"model {name!r} could not be loaded ({said}); "
+                         f"give {kinds}, or a .gguf file") from None
 
 # %% ../nbs/01_lm.ipynb #d201a94b
-def load_lm(model="smollm2-135m", dtype: torch.dtype | None = None, device: str | torch.device | None = None,
-            spread: bool = False) -> tuple[PreTrainedModel, object]:
-    """A causal LM and its tokenizer: one of `EMBEDDED`, a hub id, a folder, a `.gguf` file, or a model in memory.
+def _frozen(name: str, dtype: torch.dtype) -> tuple:
+    "Model and tokenizer, on the processor, under the name that the user gave it."
+    lm, tok = _from_pretrained(name, dtype)
+    lm.name_or_path = lm.config._name_or_path = name
+    return lm.eval().requires_grad_(False), tok
 
-    The model comes frozen, in evaluation mode, on `device` (`default_device` where none is given) in `dtype`
-    (float32; on a CUDA device whose hardware has it, bfloat16). A model in memory (a `PeftModel` too) is taken as it is.
-    With `spread` all processes of the run share its weights, see `shard`.
+# %% ../nbs/01_lm.ipynb #bdb10da7
+def load_lm(model="smollm2-135m", dtype: torch.dtype | None = None,
+            device: str | torch.device | None = None,
+            spread: bool = False) -> tuple[PreTrainedModel, object]:
+    """A causal LM and its tokenizer: one of `EMBEDDED`, a hub id, a folder, a `.gguf` file.
+
+    The model comes frozen, in evaluation mode, on `device` (else `default_device`) in `dtype` (else
+    float32; on a CUDA device whose hardware has it, bfloat16). With `spread` all processes of the
+    run share its weights, see `shard`. A model in memory (a `PeftModel` too) is taken as it is.
     Raises `UsageError` where the model cannot be had, the device does not exist or has no room."""
     if isinstance(model, nn.Module):
         name = model.config._name_or_path
-        return model, quietly(AutoTokenizer.from_pretrained, str(embedded(name)) if name in EMBEDDED else name)
+        place = embedded(name) if name in EMBEDDED else name
+        return model, quietly(AutoTokenizer.from_pretrained, place)
     place = _checked(device)
-    def load():
-        lm, tok = _from_pretrained(str(model), dtype or _default_dtype(place))
-        lm.name_or_path = lm.config._name_or_path = str(model)  # the name the user knows it by, not a folder in a cache
-        return lm.eval().requires_grad_(False), tok
+    load = partial(_frozen, str(model), dtype or _default_dtype(place))
     if spread: return _in_turn(load)
     lm, tok = load()
     with _room(lm, place, _size(lm)): return lm.to(place), tok
@@ -133,7 +154,8 @@ def stack(lm) -> nn.Module:
         if "vision" not in name and "audio" not in name:
             for child in module.children():
                 if isinstance(child, nn.ModuleList) and len(child) == n: return module
-    raise UsageError(f"{type(lm).__name__}: found no list of {n} decoder blocks; only decoder-only models are supported")
+    raise UsageError(f"{type(lm).__name__}: found no list of {n} decoder blocks; "
+                     "only decoder-only models are supported")
 
 # %% ../nbs/01_lm.ipynb #6333ad87
 def layers(lm) -> nn.ModuleList:
@@ -142,16 +164,11 @@ def layers(lm) -> nn.ModuleList:
     return next(c for c in stack(lm).children() if isinstance(c, nn.ModuleList) and len(c) == n)
 
 # %% ../nbs/01_lm.ipynb #400ef103
-def shard(lm):
-    """Spread the frozen weights of the blocks of `lm` over all processes, in place, before an adapter is added; the rest goes to each process's device.
-
-    From here on every pass has to be made by all processes alike. Raises `UsageError` where there is but one."""
-    return _keep_part(lm, _mesh())
-
 def _mesh() -> DeviceMesh:
     "All processes of the run, in a line."
     if not processes():
-        raise UsageError("one process alone cannot share a model's weights; start several, with torchrun or accelerate launch")
+        raise UsageError("one process alone cannot share a model's weights; "
+                         "start several, with torchrun or accelerate launch")
     return init_device_mesh(processes().device.type, (processes().num_processes,))
 
 def _keep_part(lm, mesh: DeviceMesh):
@@ -161,15 +178,23 @@ def _keep_part(lm, mesh: DeviceMesh):
         for block in layers(lm): fully_shard(block, mesh=mesh, reshard_after_forward=True)
         return lm.to(device)
 
+# %% ../nbs/01_lm.ipynb #1aba177f
+def shard(lm):
+    """Spread the frozen weights of the blocks of `lm` over all processes, before it has an adapter.
+
+    In place; the rest of the model goes to each process's device. From here on every pass has to be
+    made by all processes alike. Raises `UsageError` where there is but one."""
+    return _keep_part(lm, _mesh())
+
 def sharded(lm) -> bool:
     "Whether the blocks' weights are spread over processes."
     return isinstance(next(layers(lm).parameters()), DTensor)
 
 # %% ../nbs/01_lm.ipynb #b03a1eaa
 def _in_turn(load) -> tuple:
-    "What `load` gives, model and tokenizer, the model spread; the processes of a machine load one after the other."
+    "What `load` gives, the model spread; the processes of a machine load one after the other."
     mesh, found = _mesh(), None
-    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", processes().num_processes))):
+    for turn in range(int(os.environ.get("LOCAL_WORLD_SIZE", mesh.size()))):
         if turn == processes().local_process_index:
             lm, tok = load()
             found = _keep_part(lm, mesh), tok
@@ -177,15 +202,17 @@ def _in_turn(load) -> tuple:
     return found
 
 # %% ../nbs/01_lm.ipynb #dc9a5d8a
+def _is_linear(name: str, module: nn.Module) -> bool:
+    "Whether a module is a linear map of the model, also one that an adapter wraps."
+    if ".lora_" in name or name.endswith("base_layer"): return False
+    known = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    return known or hasattr(module, "base_layer")
+
 def linears(lm, layer: int, roles=("attention", "mlp")) -> list[str]:
     "Full names of the linear maps in decoder block `layer` that play one of the `roles`."
     names = {id(m): name for name, m in lm.named_modules()}
-    found = []
-    for name, m in layers(lm)[layer].named_modules():
-        linear = isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D" or hasattr(m, "base_layer")
-        if linear and ".lora_" not in name and not name.endswith("base_layer"):
-            if ("attention" if "att" in name else "mlp") in roles: found.append(names[id(m)])
-    return found
+    return [names[id(m)] for name, m in layers(lm)[layer].named_modules()
+            if _is_linear(name, m) and ("attention" if "att" in name else "mlp") in roles]
 
 # %% ../nbs/01_lm.ipynb #b52e814e
 def device_of(lm) -> torch.device:
@@ -193,7 +220,7 @@ def device_of(lm) -> torch.device:
     return lm.get_input_embeddings().weight.device
 
 def on_device(lm, batch: dict) -> dict:
-    "The model's keyword arguments `batch`, those that are tensors on the device where tokens go into `lm`."
+    "The model's keyword arguments `batch`, the tensors among them where tokens go into `lm`."
     device = device_of(lm)
     return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
 
@@ -213,22 +240,27 @@ def _run_to(lm, module: nn.Module, before: bool, batch: dict) -> Tensor:
     raise RuntimeError(f"{type(module).__name__} was never reached")
 
 # %% ../nbs/01_lm.ipynb #ca73f96c
-_TUPLES = {}  # how blocks of a class return their hidden state: the length of the tuple, or 0 for a bare tensor
+_TUPLES = {}  # by class of block, how many things it returns in a tuple; 0 for a bare tensor
 
 def hidden(lm, batch: dict, layer) -> Tensor:
-    """Hidden states `(batch, position, width)` at `layer`: the output of block `layer`, block 0's input for −1, the head's input for `"final"`.
+    """Hidden states `(batch, position, width)` at `layer`.
 
-    `batch` holds the model's keyword arguments, as `model_inputs` makes them, on any device. Nothing beyond the layer is computed."""
+    That is the output of block `layer`, block 0's input for −1, the head's input for `"final"`.
+    `batch` holds the model's keyword arguments, as `model_inputs` makes them, on any device.
+    Nothing beyond the layer is computed. Raises `UsageError` for a layer that does not exist."""
+    blocks = layers(lm)
     if layer == "final": return _run_to(lm, lm.get_output_embeddings(), True, batch)
-    if not -1 <= layer < len(layers(lm)): raise UsageError(f"layer {layer} does not exist; {lm.name_or_path} has layers 0 to {len(layers(lm)) - 1}")
-    if layer == -1: return _run_to(lm, layers(lm)[0], True, batch)
-    output = _run_to(lm, layers(lm)[layer], False, batch)
-    _TUPLES[type(layers(lm)[layer])] = len(output) if isinstance(output, tuple) else 0
+    if not -1 <= layer < len(blocks):
+        raise UsageError(f"layer {layer} does not exist; "
+                         f"{lm.name_or_path} has layers 0 to {len(blocks) - 1}")
+    if layer == -1: return _run_to(lm, blocks[0], True, batch)
+    output = _run_to(lm, blocks[layer], False, batch)
+    _TUPLES[type(blocks[layer])] = len(output) if isinstance(output, tuple) else 0
     return output[0] if isinstance(output, tuple) else output
 
 # %% ../nbs/01_lm.ipynb #51be40d9
 def _stand_in(module: nn.Module, h: Tensor | None):
-    "A forward for a block that gives `h` (its own input where `h` is none), in the form blocks of its class return."
+    "A forward for a block that gives `h`, else its own input, in the form that its class returns."
     n = _TUPLES.get(type(module), 0)
     def forward(hidden_states, *args, **kwargs):
         out = hidden_states if h is None else h
@@ -238,7 +270,9 @@ def _stand_in(module: nn.Module, h: Tensor | None):
 # %% ../nbs/01_lm.ipynb #03f0a750
 @contextmanager
 def resume(lm, layer: int, h: Tensor):
-    "Inside, `lm` does not compute blocks 0 to `layer`; block `layer` gives `h`, which `hidden` read there. Exact. Nothing is skipped at −1."
+    """Inside, `lm` does not compute blocks 0 to `layer`; block `layer` gives `h`.
+
+    Exact where `hidden` read `h` there. Nothing is skipped at −1."""
     blocks = list(layers(lm)[:layer + 1])
     before = [b.__dict__.get("forward") for b in blocks]
     try:
@@ -251,15 +285,18 @@ def resume(lm, layer: int, h: Tensor):
 
 # %% ../nbs/01_lm.ipynb #b0565699
 def hidden_each(lm, batch: dict, at: list):
-    "Hidden states at each of the layers `at`, in ascending order (`\"final\"` last), one after the other: the cost of one pass."
+    "Hidden states at the layers `at`, ascending (`\"final\"` last), for the cost of one pass."
     h = None
     for before, layer in zip([None, *at], at):
-        with nullcontext() if before is None else resume(lm, before, h): h = hidden(lm, batch, layer)
+        going_on = nullcontext() if before is None else resume(lm, before, h)
+        with going_on: h = hidden(lm, batch, layer)
         yield h
 
 # %% ../nbs/01_lm.ipynb #2a9a1410
 class Head(NamedTuple):
-    "The map from final hidden states to logits: `weight` (vocabulary, width), `bias`, `scale`, `softcap` (0 for none)."
+    """The map from final hidden states to logits.
+
+    `weight` (vocabulary, width), `bias` (vocabulary) or none, `scale`, `softcap` (0 for none)."""
     weight: Tensor
     bias: Tensor | None
     scale: float
@@ -271,29 +308,38 @@ class Head(NamedTuple):
         return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
 
     def float(self) -> "Head":
-        "The same head in float32, for logits as exact as the hidden states; a copy, unless it is in float32 already."
+        "The same head in float32, for evaluation; a copy, unless it is in float32 already."
         bias = None if self.bias is None else self.bias.float()
         return self._replace(weight=self.weight.float(), bias=bias)
 
 # %% ../nbs/01_lm.ipynb #c616b07d
+def _described(lm) -> Head:
+    "The output head as the model's configuration describes it."
+    config, last = lm.config.get_text_config(), lm.get_output_embeddings()
+    divisor = getattr(config, "logits_scaling", None) or 1
+    scale = getattr(config, "logit_scale", None) or 1 / divisor
+    softcap = getattr(config, "final_logit_softcapping", None) or 0.0
+    return Head(last.weight, last.bias, scale, softcap)
+
+# %% ../nbs/01_lm.ipynb #e94c25a1
 @torch.no_grad()
 def head(lm) -> Head:
-    "The output head of `lm`, checked against the model's own logits. Raises `UsageError` for a head of another form."
-    config, last = lm.config.get_text_config(), lm.get_output_embeddings()
-    scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-    result = Head(last.weight, last.bias, scale, getattr(config, "final_logit_softcapping", None) or 0.0)
-    probe = on_device(lm, {"input_ids": torch.arange(4)[None] % config.vocab_size})
+    "The output head of `lm`, checked against its logits. Raises `UsageError` for any other form."
+    result = _described(lm)
+    probe = on_device(lm, {"input_ids": torch.arange(4)[None] % len(result.weight)})
     ours, theirs = result(hidden(lm, probe, "final")).float(), lm(**probe).logits.float()
     if not torch.allclose(ours, theirs, rtol=1e-2, atol=1e-2 * float(theirs.abs().max())):
-        raise UsageError(f"{type(lm).__name__}: its logits are not a scaled, soft-capped linear map of its final hidden states; this head is not supported")
+        raise UsageError(f"{type(lm).__name__}: its logits are not a scaled, soft-capped linear "
+                         "map of its final hidden states; this head is not supported")
     return result
 
 # %% ../nbs/01_lm.ipynb #20ca4209
 def special_ids(lm) -> list[int]:
-    "Ids of the special tokens (beginning, end, padding, unknown) that the model's configuration names."
+    "Ids of the special tokens (beginning, end, padding, unknown) in the model's configuration."
     ids = set()
     for config in (lm.config.get_text_config(), getattr(lm, "generation_config", None)):
         for kind in ("bos", "eos", "pad", "unk"):
             value = getattr(config, f"{kind}_token_id", None)
-            ids |= set(value) if isinstance(value, (list, tuple)) else set() if value is None else {value}
+            if isinstance(value, (list, tuple)): ids |= set(value)
+            elif value is not None: ids.add(value)
     return sorted(ids)

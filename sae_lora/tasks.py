@@ -138,7 +138,7 @@ def _pool(rows: list[dict]) -> dict:
 
 # %% ../nbs/07_tasks.ipynb #6760f2b6
 def _prefix(tok) -> int | None:
-    "The id to stand before a text without context: what the tokenizer itself puts there; `None` leaves it to lm-eval."
+    "The id before a text without context: what the tokenizer puts there; `None` for lm-eval's choice."
     start = beginning(tok)
     return None if start == [separator(tok)] else start[0]
 
@@ -168,18 +168,20 @@ def _harness(lm):
         log.setLevel(level)
 
 # %% ../nbs/07_tasks.ipynb #721ca5d8
-def benchmark(lm, tok, tasks, saes: dict | None = None, data=None, limit: int | None = None, batch_size=8,
-              keep: str = "special") -> dict[str, dict]:
-    """Scores of `lm` as it stands, with `saes` spliced in where given: `{task: {metric, value, stderr, ci95, n, items}}`.
+def benchmark(lm, tok, tasks, saes: dict | None = None, data=None, limit: int | None = None,
+              batch_size=8, keep: str = "special") -> dict[str, dict]:
+    """Scores of `lm` as it stands, with `saes` spliced in where given.
 
-    `tasks` are names of lm-eval's or of the families in `LOCAL`, with rows from the folder `data`, or lm-eval
-    configurations; `limit` items of each, all unless given. Raises `UsageError` where a task cannot be had."""
+    `{task: {metric, value, stderr, ci95, n, items}}`. `tasks` are names of lm-eval's or of the
+    families in `LOCAL`, with rows from the folder `data`, or lm-eval configurations; `limit` items of
+    each, all unless given. Raises `UsageError` where a task cannot be had."""
     tasks = [tasks] if isinstance(tasks, (str, dict)) else list(tasks)
     with _harness(lm) as (evaluate, Model), splice(lm, saes, keep) if saes else nullcontext():
         loaded, families = _loaded(tasks, data)
-        model = Model(pretrained=lm, tokenizer=tok, batch_size=batch_size, prefix_token_id=_prefix(tok))
+        model = Model(lm, tokenizer=tok, batch_size=batch_size, prefix_token_id=_prefix(tok))
         out = evaluate(model, loaded, limit=limit, bootstrap_iters=1000)
-    rows = {name: _score(r, out["samples"].get(name, [])) for name, r in out["results"].items() if any("," in k for k in r)}
+    scored = {name: r for name, r in out["results"].items() if any("," in k for k in r)}
+    rows = {name: _score(r, out["samples"].get(name, [])) for name, r in scored.items()}
     return {f: _pool([rows[n] for n in names]) for f, names in families.items()} | rows
 
 # %% ../nbs/07_tasks.ipynb #41dd7d58

@@ -10,13 +10,14 @@ __all__ = ['DOCS', 'READERS', 'PASSAGE', 'docstrings', 'corpus', 'for_validation
 import ast, csv, hashlib, importlib.util, json, lzma, random, re
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
-from itertools import chain, cycle, islice
+from itertools import chain, cycle, filterfalse, islice
 from pathlib import Path
 from typing import Iterable, Iterator
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .files import UsageError, cache_path, data_path, written
 
@@ -55,26 +56,28 @@ def _docs() -> list[str]:
     tag = hashlib.sha256(repr([(p, version(p)) for p in DOCS]).encode()).hexdigest()[:12]
     kept = cache_path("text", f"docs-{tag}.json")
     if not kept.exists():
-        with ProcessPoolExecutor(2) as pool: docs = set(chain.from_iterable(pool.map(_package_docs, DOCS)))
-        with written(kept) as path: path.write_text(json.dumps(sorted(docs, key=_hash)))
+        with ProcessPoolExecutor(2) as pool: found = pool.map(_package_docs, DOCS)
+        docs = sorted(set(chain.from_iterable(found)), key=_hash)
+        with written(kept) as path: path.write_text(json.dumps(docs))
     return json.loads(kept.read_text())
 
 # %% ../nbs/00_text.ipynb #10ae3639
 def _prose() -> list[str]:
     "The committed continuations, in the order of their hashes."
-    with lzma.open(data_path("prose", "prose.jsonl.xz"), "rt", encoding="utf-8") as f: texts = [json.loads(line)["text"] for line in f]
-    return sorted(texts, key=_hash)
+    with lzma.open(data_path("prose", "prose.jsonl.xz"), "rt", encoding="utf-8") as f:
+        return sorted((json.loads(line)["text"] for line in f), key=_hash)
 
 # %% ../nbs/00_text.ipynb #6b6fedc2
 def _interleave(first: list[str], second: list[str], ratio: float) -> Iterator[str]:
-    "All documents of `first`, with those of `second`, over and over, between them, so that the characters so far are as `ratio` to one."
-    size, again = [0, 0], cycle(second)
+    "Documents of `first`, those of `second` between them again and again, characters `ratio` to 1."
+    ahead, again = 0, cycle(second)
     for doc in first:
-        while size[0] > ratio * size[1]:
-            yield (extra := next(again))
-            size[1] += len(extra)
+        while ahead > 0:
+            extra = next(again)
+            yield extra
+            ahead -= ratio * len(extra)
         yield doc
-        size[0] += len(doc)
+        ahead += len(doc)
 
 # %% ../nbs/00_text.ipynb #f77f798e
 def _column(row: dict, where: str) -> str:
@@ -91,24 +94,29 @@ def _paragraphs(path: Path, characters: int = 2000) -> Iterator[str]:
     held = ""
     for paragraph in path.read_text(encoding="utf-8").split("\n\n"):
         held += paragraph + "\n\n"
-        if len(held) >= characters: yield held; held = ""
+        if len(held) >= characters:
+            yield held
+            held = ""
     if held.strip(): yield held
 
 # %% ../nbs/00_text.ipynb #ba3a5f2d
 def _csv(path: Path) -> Iterator[str]:
-    "The rows of a `.csv` file: the column `text` where a header names it, else every cell that is not a number, joined."
+    "The rows of a `.csv` file: the column `text` where a header names it, else every cell of text."
     with path.open(encoding="utf-8", newline="") as f:
         rows = csv.reader(f)
         first = next(rows, [])
         if "text" in first: yield from (row[first.index("text")] for row in rows)
-        else: yield from (". ".join(c for c in row if not c.strip().isdigit()) for row in chain([first], rows))
+        else: yield from (". ".join(filterfalse(_number, row)) for row in chain([first], rows))
+
+def _number(cell: str) -> bool: return cell.strip().isdigit()
 
 # %% ../nbs/00_text.ipynb #fa206ced
 def _rows(path: Path) -> Iterator[str]:
     "The documents of one `.jsonl` or `.parquet` file."
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
-        for batch in pq.ParquetFile(path).iter_batches(): yield from (_column(row, str(path)) for row in batch.to_pylist())
+        for batch in pq.ParquetFile(path).iter_batches():
+            yield from (_column(row, str(path)) for row in batch.to_pylist())
     else:
         with path.open(encoding="utf-8") as f:
             for line in filter(str.strip, f):
@@ -118,38 +126,47 @@ def _rows(path: Path) -> Iterator[str]:
 # %% ../nbs/00_text.ipynb #5a97ff02
 READERS = {".txt": _paragraphs, ".jsonl": _rows, ".csv": _csv, ".parquet": _rows}
 
+def _file(path: Path) -> Iterator[str]:
+    "The documents of one file."
+    if path.suffix not in READERS:
+        raise UsageError(f"{path}: cannot read {path.suffix or 'this file'}; "
+                         f"give {', '.join(READERS)}, or a folder of them")
+    try: yield from READERS[path.suffix](path)
+    except UsageError: raise
+    except (ValueError, csv.Error) as e:  # not UTF-8, not JSON, not Parquet
+        raise UsageError(f"{path}: not readable as {path.suffix} ({type(e).__name__}); "
+                         "give UTF-8 text, JSON lines, CSV or Parquet") from None
+
+# %% ../nbs/00_text.ipynb #69d17e9b
 def _files(path: Path) -> Iterator[str]:
     "The documents of a file, or of every readable file in a folder."
-    paths = [path] if path.is_file() else [p for p in sorted(path.rglob("*")) if p.suffix in READERS]
+    paths = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.suffix in READERS)
     if not paths: raise UsageError(f"{path}: no {', '.join(READERS)} file in this folder")
-    for p in paths:
-        if p.suffix not in READERS: raise UsageError(f"{p}: cannot read {p.suffix or 'this file'}; give {', '.join(READERS)}, or a folder of them")
-        try: yield from READERS[p.suffix](p)
-        except UsageError: raise
-        except (ValueError, csv.Error) as e:  # not UTF-8, not JSON, not Parquet
-            raise UsageError(f"{p}: not readable as {p.suffix} ({type(e).__name__}); give UTF-8 text, JSON lines, CSV or Parquet") from None
+    for p in paths: yield from _file(p)
 
 # %% ../nbs/00_text.ipynb #fc5519b1
 def _hub(name: str) -> Iterator[str]:
     "The documents of a hub dataset, streamed: `id`, `id:split` or `id:config:split`."
     from datasets import load_dataset
     name, *rest = name.split(":")
-    try: data = load_dataset(name, *rest[:-1], split=rest[-1] if rest else "train", streaming=True)
+    try: data = load_dataset(name, *rest[:-1], split=(rest or ["train"])[-1], streaming=True)
     except Exception as e:
-        raise UsageError(f"text {name!r} is neither default, broad, docs, prose, a file, a folder, nor a dataset that could be fetched ({type(e).__name__})") from None
+        raise UsageError(f"text {name!r} is neither default, broad, docs, prose, a file, a folder, "
+                         f"nor a dataset that could be fetched ({type(e).__name__})") from None
     yield from (_column(row, name) for row in data)
 
 # %% ../nbs/00_text.ipynb #1b3715b5
 def corpus(source: str = "default") -> Iterator[str]:
-    """The documents of `source`: `default`, `broad`, `docs`, `prose`, a file or folder, or a hub dataset id.
+    """The documents of `source`: `default`, `broad`, `docs`, `prose`, a file, a folder, a dataset.
 
     Raises `UsageError` where there is no such source or it cannot be read."""
+    path = Path(source).expanduser()
     if source == "docs": yield from _docs()
     elif source == "prose": yield from _prose()
     elif source == "default": yield from _interleave(_docs(), _prose(), ratio=2.5)
     elif source == "broad": yield from _interleave(_prose(), _docs(), ratio=4)
-    elif Path(source).expanduser().exists(): yield from _files(Path(source).expanduser())
-    elif Path(source).suffix in READERS: raise UsageError(f"text {source!r}: no such file")
+    elif path.exists(): yield from _files(path)
+    elif path.suffix in READERS: raise UsageError(f"text {source!r}: no such file")
     else: yield from _hub(source)
 
 # %% ../nbs/00_text.ipynb #c8ee3296
@@ -159,7 +176,7 @@ def for_validation(document: str, share: float = 0.05) -> bool:
 
 # %% ../nbs/00_text.ipynb #4d23ab40
 def model_inputs(rows: Tensor) -> dict:
-    """The keyword arguments of a causal LM for a batch of rows, `(rows, length)` or `(rows, 2, length)`.
+    """The keyword arguments of a causal LM for rows, `(rows, length)` or `(rows, 2, length)`.
 
     An id of −1 is padding; a position p may also be written −1 − p, see `targets`."""
     ids, inputs = rows, {}
@@ -172,28 +189,29 @@ def model_inputs(rows: Tensor) -> dict:
 # %% ../nbs/00_text.ipynb #18530d9b
 @dataclass(frozen=True)
 class Blocks:
-    "Rows of tokens for training and validation. `hash` names the validation rows, `source` and `versions` where they came from."
+    "Rows of tokens; `hash` names those for validation, `source` and `versions` what they are from."
     train: Tensor
     valid: Tensor
     source: str
     hash: str
     versions: dict
 
-    def __repr__(self): return f"Blocks({self.source}: train {tuple(self.train.shape)}, valid {tuple(self.valid.shape)}, hash {self.hash})"
+    def __repr__(self):
+        shapes = f"train {tuple(self.train.shape)}, valid {tuple(self.valid.shape)}"
+        return f"Blocks({self.source}: {shapes}, hash {self.hash})"
 
 # %% ../nbs/00_text.ipynb #6c35c96f
 def separator(tok, token: str | None = None) -> int:
-    """The id that parts documents: that of `token`, else `<|endoftext|>` where the vocabulary has it, else end of sequence.
+    """The id that parts documents: `token`, else `<|endoftext|>`, else the end-of-sequence token.
 
-    Raises `UsageError` where there is none."""
-    vocabulary = tok.get_vocab()
-    if token is not None and token not in vocabulary:
+    Raises `UsageError` where the vocabulary has none of them."""
+    ids = tok.get_vocab()
+    if token is not None and token not in ids:
         raise UsageError(f"sep={token!r} is no token of this tokenizer; "
                          f"its special tokens are {', '.join(tok.all_special_tokens)}")
-    end = vocabulary.get(token or "<|endoftext|>", tok.eos_token_id)
-    if end is None:
-        raise UsageError("the tokenizer has neither <|endoftext|> nor an end-of-sequence token; set tok.eos_token")
-    return end
+    end = ids.get(token or "<|endoftext|>", tok.eos_token_id)
+    if end is not None: return end
+    raise UsageError("the tokenizer has neither <|endoftext|> nor an end token; set tok.eos_token")
 
 # %% ../nbs/00_text.ipynb #b103fd21
 def _before_text(tok) -> list[int]:
@@ -204,23 +222,28 @@ def _before_text(tok) -> list[int]:
     return []
 
 def beginning(tok, token: str | None = None) -> list[int]:
-    """The ids that a row begins with: what the tokenizer itself puts before a text, else the separator.
+    """The ids a row begins with: what the tokenizer itself puts before a text, else the separator.
 
     Where a separator is given as `token`, it is that. Raises `UsageError` as `separator` does."""
-    own = _before_text(tok) if token is None else []
+    own = [] if token else _before_text(tok)
     return own or [separator(tok, token)]
 
 # %% ../nbs/00_text.ipynb #db0c1410
 def _chunks(flat: Tensor, head: list[int], length: int) -> Tensor:
     "`flat` in rows of `length`, each with `head` before it; a last, partial row is dropped."
-    rows = flat[:len(flat) // (length - len(head)) * (length - len(head))].view(-1, length - len(head))
+    fill = length - len(head)
+    rows = flat[:len(flat) // fill * fill].view(-1, fill)
     return torch.cat([torch.tensor(head).expand(len(rows), -1), rows], 1)
+
+def _flat(documents: Iterable[list[int]]) -> Tensor:
+    "Documents end to end."
+    return torch.tensor(list(chain.from_iterable(documents)), dtype=torch.long)
 
 def _packed(ids: list[list[int]], length: int, sep: int, start: list[int]) -> Tensor:
     "Documents end to end, parted by `sep`, in rows of `length` that begin with `start`."
-    flat = torch.tensor(list(chain.from_iterable(d + [sep] for d in ids)), dtype=torch.long)
-    return _chunks(flat, start, length)
+    return _chunks(_flat(d + [sep] for d in ids), start, length)
 
+# %% ../nbs/00_text.ipynb #af4dd41e
 def _padded(ids: list[list[int]], length: int, start: list[int]) -> Tensor:
     "One document a row after `start`, cut at `length` or filled with −1."
     rows = [(start + d + [-1] * length)[:length] for d in ids if d]
@@ -228,25 +251,30 @@ def _padded(ids: list[list[int]], length: int, start: list[int]) -> Tensor:
 
 # %% ../nbs/00_text.ipynb #ecdf060a
 def _shared(ids: list[list[int]], length: int, sep: int) -> Tensor:
-    "Tokens and positions of rows that keep documents apart, where `sep` ends one and begins the next."
+    "Tokens and positions of rows that keep documents apart; `sep` ends one and begins the next."
     rows, index = _packed(ids, length, sep, [sep]), torch.arange(length)
-    first = torch.where(rows == sep, index, 0).cummax(1).values  # the separator at or before each token
+    first = torch.where(rows == sep, index, 0).cummax(1).values  # the last separator so far
     return torch.stack([rows, index - first], 1)
 
+# %% ../nbs/00_text.ipynb #e5b6e4e7
+def _starts(place: list[int], fill: int, skip: int) -> list[int]:
+    "Where rows of `fill` tokens start; `place` is 1, 2, … in the beginning of a document, else 0."
+    starts, i = [], skip  # a row has a beginning of its own, so it does not start with another
+    while i + fill <= len(place):
+        starts.append(i)
+        i += fill
+        while i < len(place) and place[i]: i += 1
+    return starts
+
+# %% ../nbs/00_text.ipynb #d290ae08
 def _apart(ids: list[list[int]], length: int, sep: int, start: list[int]) -> Tensor:
     "Tokens and positions of rows that keep documents apart, each between `start` and `sep`."
-    flat = torch.tensor(list(chain.from_iterable(start + d + [sep] for d in ids)), dtype=torch.long)
-    place = [[*range(1, len(start) + 1)] + [0] * (len(d) + 1) for d in ids]  # 1, 2, … in a beginning, else 0
-    place, fill, at = list(chain.from_iterable(place)), length - len(start), []
-    i = len(start)  # the row has a beginning of its own
-    while i + fill <= len(flat):
-        at.append(i)
-        i += fill
-        while i < len(flat) and place[i]: i += 1
-    which = torch.tensor(at, dtype=torch.long)[:, None] + torch.arange(fill)
-    rows = _chunks(flat[which].flatten(), start, length)
-    place = _chunks(torch.tensor(place, dtype=torch.long)[which].flatten(), [*range(1, len(start) + 1)], length)
-    index = torch.arange(length)
+    order, fill, index = [*range(1, len(start) + 1)], length - len(start), torch.arange(length)
+    place = _flat(order + [0] * (len(d) + 1) for d in ids)
+    starts = torch.tensor(_starts(place.tolist(), fill, len(start)), dtype=torch.long)
+    taken = (starts[:, None] + torch.arange(fill)).flatten()
+    rows = _chunks(_flat(start + d + [sep] for d in ids)[taken], start, length)
+    place = _chunks(place[taken], order, length)
     positions = index - torch.where(place == 1, index, 0).cummax(1).values
     return torch.stack([rows, torch.where(place > 0, -1 - positions, positions)], 1)
 
@@ -254,8 +282,7 @@ def _apart(ids: list[list[int]], length: int, sep: int, start: list[int]) -> Ten
 def targets(rows: Tensor) -> Tensor:
     """What is to be predicted at each position but the last, `(rows, length − 1)`: the next id.
 
-    −1 where there is nothing to predict: at padding, and where the beginning of another document follows that the
-    model does not see."""
+    −1 where padding follows, or the beginning of a document of which nothing before it tells."""
     if rows.dim() == 2: return rows[:, 1:]
     ids, positions = rows.unbind(1)
     return torch.where(positions < 0, -1, ids)[:, 1:]
@@ -264,70 +291,99 @@ def targets(rows: Tensor) -> Tensor:
 PASSAGE = (120, 400)  # characters
 
 def passages(document: str, low: int = PASSAGE[0], high: int = PASSAGE[1]) -> list[str]:
-    "A document cut at the ends of sentences and lines into passages that are at least as long as a length drawn, for each, between `low` and `high` characters; a remainder that is shorter is left out. One shorter than `low` stays whole."
+    """A document cut at the ends of sentences and lines, each passage once it is longer than a
+    length drawn for it between `low` and `high` characters; a shorter remainder is left out.
+    A document shorter than `low` stays whole."""
     if len(document) < low: return [document]
     out, held, draw = [], "", random.Random(document)
     limit = draw.randint(low, high)
     for part in re.split(r"(?<=[.!?])\s+|\n+", document):
         held += part + " "
-        if len(held) > limit: out.append(held.strip()); held, limit = "", draw.randint(low, high)
+        if len(held) > limit:
+            out.append(held.strip())
+            held, limit = "", draw.randint(low, high)
     return out
 
 # %% ../nbs/00_text.ipynb #fe903883
-def _sides(documents: list[str], share: float, cut: float, between: tuple[int, int]) -> list[tuple[bool, str]]:
-    "Documents with the side each is on; a share `cut` of those for training in passages, and these in mixed order."
+def _pieces(document: str, cut: float, between: tuple[int, int]) -> list[str]:
+    "A document for training: in passages where it falls into the share `cut`, else whole."
+    chosen = int(_hash(document)[8:16], 16) < cut * 2**32
+    return passages(document, *between) if chosen else [document]
+
+# %% ../nbs/00_text.ipynb #b8e31c9d
+def _sides(documents: list[str], share: float, cut: float, between: tuple) -> list[tuple]:
+    "Documents with the side each is on; a share `cut` of those for training in passages."
     whole = [(for_validation(d, share), d) for d in documents if d.strip()]
     if not cut: return whole
-    pieces = [(side, p) for side, d in whole for p in (passages(d, *between) if not side and int(_hash(d)[8:16], 16) < cut * 2**32 else [d])]
-    return sorted(pieces, key=lambda p: "" if p[0] else _hash(p[1]))  # those held out first, in their order
+    rest = chain.from_iterable(_pieces(d, cut, between) for side, d in whole if not side)
+    mixed = [(False, p) for p in sorted(rest, key=_hash)]
+    return [(True, d) for side, d in whole if side] + mixed
 
-def _tokens(documents: Iterable[str], tok, want: dict[bool, int], share: float, cut: float, between: tuple[int, int], lead: str) -> dict[bool, list[list[int]]]:
-    "Token ids of documents for training (`False`) and validation (`True`), until each side has as many as it wants."
+# %% ../nbs/00_text.ipynb #81d1fc95
+def _tokens(documents: Iterable[str], tok, want: dict, sides, lead: str) -> dict[bool, list]:
+    """Token ids of documents for training (`False`) and validation (`True`), as many as each wants.
+
+    `sides` gives some documents with the side of each."""
     got, size, documents = {False: [], True: []}, {False: 0, True: 0}, iter(documents)
-    while any(size[side] < want[side] for side in got) and (some := list(islice(documents, 256))):
-        some = [(side, d) for side, d in _sides(some, share, cut, between) if size[side] < want[side]]
-        for (side, _), ids in zip(some, tok([lead + d for _, d in some], add_special_tokens=False).input_ids if some else []):
-            if size[side] < want[side]: got[side].append(ids); size[side] += len(ids) + 1
+    while any(size[side] < want[side] for side in got):
+        some = list(islice(documents, 256))
+        if not some: break
+        some = [(side, d) for side, d in sides(some) if size[side] < want[side]]
+        texts = [lead + d for _, d in some]
+        found = tok(texts, add_special_tokens=False).input_ids if texts else []
+        for (side, _), ids in zip(some, found):
+            if size[side] < want[side]:
+                got[side].append(ids)
+                size[side] += len(ids) + 1
     return got
 
 # %% ../nbs/00_text.ipynb #1b0a6cbf
-def _check_lengths(length: int, between: tuple, start: list[int]):
-    "Raise `UsageError` unless rows have room for text, and `between` is two lengths of passages."
-    if length <= len(start):
-        raise UsageError(f"length={length} leaves no room for text after {len(start)} that begin a row; "
-                         f"give {len(start) + 1} or more")
+def _check_lengths(length: int, between: tuple, n: int):
+    "Raise `UsageError` unless rows have room after `n` tokens, and `between` is two lengths."
+    if length <= n:
+        raise UsageError(f"length={length} is taken up by a row's beginning; give {n + 1} or more")
     if len(between) != 2 or not 0 < between[0] <= between[1]:
-        raise UsageError(f"between={tuple(between)}; give the least and the greatest length of a passage in characters")
+        raise UsageError(f"between={tuple(between)}; "
+                         "give the least and the greatest length of a passage in characters")
 
-def _rows_of(ids: list, length: int, end: int, start: list[int], pack: bool, per_document: bool) -> Tensor:
+# %% ../nbs/00_text.ipynb #49398303
+def _rows_of(ids: list, length: int, end: int, start: list[int], pack: bool, apart: bool) -> Tensor:
     "Documents as rows: packed, packed and kept apart, or one a row."
     if not pack: return _padded(ids, length, start)
-    if not per_document: return _packed(ids, length, end, start)
+    if not apart: return _packed(ids, length, end, start)
     return _shared(ids, length, end) if start == [end] else _apart(ids, length, end, start)
+
+# %% ../nbs/00_text.ipynb #6e412d35
+def _too_short(name: str, got: dict[bool, list], length: int) -> UsageError:
+    "The mistake of giving less text than fills a row."
+    train, held = (sum(map(len, got[side])) for side in (False, True))
+    return UsageError(f"text {name!r} is too short: {train + held} tokens, {held} held out, "
+                      f"fill no row of {length} on either side; give more text or a smaller length")
 
 # %% ../nbs/00_text.ipynb #2a481cdd
 def token_blocks(source, tok, length: int = 256, tokens: int = 2**21, valid_tokens: int = 2**15, *,
-                 pack: bool = True, per_document: bool = False, share: float = 0.05, cut: float = 0.0,
-                 between: tuple[int, int] = PASSAGE, sep: str | None = None, lead: str = "") -> Blocks:
+                 pack: bool = True, per_document: bool = False, share: float = 0.05,
+                 cut: float = 0.0, between: tuple[int, int] = PASSAGE,
+                 sep: str | None = None, lead: str = "") -> Blocks:
     """Rows of `length` tokens from `source`, a corpus name or an iterable of documents.
 
-    At most about `tokens` for training and `valid_tokens` for validation; `share` of the documents are held out,
-    and a share `cut` of the others are cut into `passages` with lengths from `between`: `(20, 20)` gives sentences.
-    A row begins as `beginning` says and documents are parted as `separator` says; `sep` sets both.
-    Each document begins with the text `lead`.
-    Raises `UsageError` where the text does not fill one row, `length` leaves no room for text, `between` is not
-    two lengths, or `sep` no token."""
+    At most about `tokens` for training and `valid_tokens` for validation; `share` of the documents
+    are held out, and a share `cut` of the others are cut into `passages` with lengths `between` two
+    limits: `(20, 20)` gives sentences. A row begins as `beginning` says and documents are parted as
+    `separator` says; `sep` sets both. Each document begins with the text `lead`.
+    Raises `UsageError` where the text does not fill one row, `length` leaves no room for text,
+    `between` is not two lengths, or `sep` no token."""
     start, end = beginning(tok, sep), separator(tok, sep)
-    _check_lengths(length, between, start)
+    _check_lengths(length, between, len(start))
     documents = corpus(source) if isinstance(source, str) else source
-    got = _tokens(documents, tok, {False: tokens, True: valid_tokens}, share, cut, between, lead)
-    rows = {side: _rows_of(ids, length, end, start, pack, per_document) for side, ids in got.items()}
-    train, valid = rows[False][:max(tokens // length, 1)], rows[True][:max(valid_tokens // length, 1)]
+    sides = partial(_sides, share=share, cut=cut, between=between)
+    got = _tokens(documents, tok, {False: tokens, True: valid_tokens}, sides, lead)
+    rows = {s: _rows_of(ids, length, end, start, pack, per_document) for s, ids in got.items()}
+    train = rows[False][:max(tokens // length, 1)]
+    valid = rows[True][:max(valid_tokens // length, 1)]
     name = source if isinstance(source, str) else "documents"
     if not len(valid) and (tokens and not len(train) or valid_tokens):
-        held, all_ids = sum(map(len, got[True])), sum(map(len, chain(*got.values())))
-        raise UsageError(f"text {name!r} is too short: {all_ids} tokens, of which {held} held out, do not fill "
-                         f"a row of {length} on either side; give more text or a smaller length")
+        raise _too_short(name, got, length)
     digest = hashlib.sha256(valid.numpy().tobytes()).hexdigest()[:12]
     versions = {p: version(p) for p in DOCS} if name in ("docs", "default", "broad") else {}
     return Blocks(train, valid, name, digest, versions)

@@ -150,7 +150,7 @@ def test_items_begin_as_the_tokenizer_begins_a_text(adds, data):
     lm, tok, seen = tiny("llama"), tokenizer("<bos> $A" if adds else None), []
     lm.name_or_path = lm.config._name_or_path = "tiny"
     lm.register_forward_pre_hook(lambda m, args, kwargs: seen.extend(kwargs.get("input_ids", args[0] if args else None)), with_kwargs=True)
-    for task in ("blimp_wh_island", "truthfulqa_mc1"):
+    for task in ("blimp_wh_island", "mmlu_anatomy"):
         benchmark(lm, tok, task, data=data, batch_size=2)
         asked = adds or task == "blimp_wh_island"  # without a context lm-eval puts the tokenizer's bos_token
         assert seen and all((int(row[0]) == BOS) == asked and not (row[1:] == BOS).any() for row in seen)

@@ -1,0 +1,846 @@
+"""What users do with the package, entry by entry, on any device: for the pretend one and for a GPU.
+
+An entry is a function of a device and a dtype that calls public functions as a user does: the model
+is on the device, and everything else is left where the package puts it (SAEs as `load_sae` gives
+them, rows as `token_blocks` does). It returns numbers, which have to be those of the CPU.
+"""
+import importlib
+import json
+import os
+import pkgutil
+import random
+import sys
+import tempfile
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from functools import lru_cache
+from io import StringIO
+from pathlib import Path
+from types import FunctionType
+from typing import Callable, NamedTuple
+from unittest.mock import patch
+
+import torch
+from conftest import random_sae, tiny
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+import sae_lora
+from sae_lora import cli, experiments, latents, loop, lora, loss, metrics, results
+from sae_lora import lm as models_of
+from sae_lora import sae as saes_of
+from sae_lora import saebench, splice, states, steering, tasks, text, train
+
+
+MODULES = [m.name for m in pkgutil.iter_modules(sae_lora.__path__) if m.name[0] != "_"]
+PACKAGE = [importlib.import_module(f"sae_lora.{name}") for name in MODULES]
+
+
+class Entry(NamedTuple):
+    "Something to run on a device, and which public functions that tries, as `module.name`."
+    run: Callable
+    covers: tuple
+
+
+ENTRIES: dict[str, Entry] = {}
+
+
+def covers(*names, each=((),)):
+    "Register a function as an entry, or as one for each tuple of further arguments."
+    def register(function):
+        for more in each:
+            name = "-".join([function.__name__, *map(str, more)])
+            run = lambda device, dtype, more=more: function(device, dtype, *more)
+            ENTRIES[name] = Entry(run, names)
+        return function
+    return register
+
+
+KINDS = [("topk",), ("jumprelu",)]
+
+
+# What the entries share: a tokenizer, models, SAEs and text, all tiny and on disk.
+
+SYLLABLES = ("an", "el", "ir", "os", "un", "ad", "em", "ig", "ol", "ur", "at")
+WORDS = [f"{letter}{s}{letter}" for letter in "abcdefgh" for s in SYLLABLES]
+SPECIAL = ["<pad>", "<s>", "</s>", "<unk>", "Ċ", ".", ":", "Ġ", "!"]
+
+
+@lru_cache(None)
+def _room() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory()
+
+
+def room(*parts: str) -> Path:
+    "A path in a folder that goes when the process ends."
+    return Path(_room().name).joinpath(*parts)
+
+
+def fresh() -> Path:
+    "A new folder for what an entry writes."
+    return Path(tempfile.mkdtemp(dir=room()))
+
+
+def tokenizer():
+    "97 tokens; most are words of three letters and more, with the space before them."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    vocabulary = {t: i for i, t in enumerate(SPECIAL + [f"Ġ{w}" for w in WORDS])}
+    tok = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tok.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>",
+                                   unk_token="<unk>", pad_token="<pad>")
+
+
+@lru_cache(None)
+def model_folder(architecture: str = "llama") -> Path:
+    "A tiny model on disk. Words of a letter have something in common, for probes to find."
+    lm, folder = tiny(architecture), room(f"model-{architecture}")
+    g = torch.Generator().manual_seed(1)
+    letters = torch.randn(8, 32, generator=g).repeat_interleave(len(SYLLABLES), 0)
+    lm.get_input_embeddings().weight.data[len(SPECIAL):] += letters
+    lm.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def loaded(device, dtype, architecture: str = "llama") -> tuple:
+    "Model and tokenizer, as a user has them."
+    return models_of.load_lm(model_folder(architecture), dtype, device)
+
+
+@lru_cache(None)
+def sae_folder(kind: str = "topk", layer: int = 1) -> Path:
+    "An SAE on disk that reconstructs any hidden states well: its latents are coordinates and signs."
+    sae = random_sae(kind, hook_name=f"blocks.{layer}.hook_resid_post", seed=layer)
+    q = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(layer)))[0]
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.cat([q, -q]))
+        sae.W_enc.copy_(sae.W_dec.T)
+        if kind == "jumprelu":
+            sae.threshold.add_(6)  # enough is lost for an adapter to win something back
+    saes_of.save_sae(sae, room(f"sae-{kind}-{layer}"))
+    return room(f"sae-{kind}-{layer}")
+
+
+def sae(kind: str = "topk", layer: int = 1):
+    "An SAE as `load_sae` gives it: on the CPU."
+    return saes_of.load_sae(sae_folder(kind, layer))
+
+
+@lru_cache(None)
+def documents(n: int = 120) -> list[str]:
+    "Texts of 6 to 40 words; each word is mostly of the letter of the one before."
+    draw, out = random.Random(0), []
+    for _ in range(n):
+        words = [draw.choice(WORDS)]
+        for _ in range(draw.randint(5, 39)):
+            same = [w for w in WORDS if w[0] == words[-1][0]]
+            words.append(draw.choice(same if draw.random() < 0.7 else WORDS))
+        out.append(" ".join(words))
+    return out
+
+
+@lru_cache(None)
+def text_file() -> Path:
+    "The same kind of text as a file, long enough for rows of 256 tokens to be held out."
+    lines = [json.dumps({"text": d}) for d in documents(900)]
+    room("text.jsonl").write_text("\n".join(lines) + "\n")
+    return room("text.jsonl")
+
+
+ROWS = {"plain": {}, "padded": dict(pack=False), "per_document": dict(per_document=True)}
+
+
+@lru_cache(None)
+def blocks(kind: str = "plain"):
+    "Rows of 16 tokens: end to end, one text each and padding, or each document by itself."
+    return text.token_blocks(documents(), tokenizer(), 16, 24 * 16, 12 * 16, share=0.3,
+                             **ROWS[kind])
+
+
+def numbers(lm, seed: int = 0):
+    "Give the adapter of `lm` weights that do something."
+    g = torch.Generator().manual_seed(seed)
+    for p in lora.lora_parameters(lm).values():
+        p.data.copy_(torch.randn(p.shape, generator=g) * 0.1)
+
+
+def adapted(device, dtype, kind: str = "topk", architecture: str = "llama") -> tuple:
+    "A model with an adapter, its tokenizer, and SAEs as `load_sae` gives them."
+    lm, tok = loaded(device, dtype, architecture)
+    lora.add_lora(lm, {1: sae(kind)}, rank=2)
+    numbers(lm)
+    return lm, tok, {1: sae(kind)}
+
+
+RUN = dict(tokens=4 * 2 * 16, batch=2)  # four steps
+
+
+def parameters(lm, name=None) -> Tensor:
+    "The adapter's weights, as one vector."
+    return torch.cat([p.detach().flatten() for p in lora.lora_parameters(lm, name).values()])
+
+
+def losses_of(curve: list[dict]) -> list[float]:
+    "What a curve says that does not depend on the clock."
+    return [row["loss"] for row in curve]
+
+
+# Passes through the model.
+
+@covers("lm.load_lm", "lm.stack", "lm.layers", "lm.linears", "lm.special_ids", "lm.hidden",
+        "lm.resume", "lm.hidden_each", "lm.head", "lm.Head", "text.model_inputs", "text.Blocks",
+        "text.token_blocks", "text.beginning", "text.separator", "text.targets", "lm.on_device", "lm.device_of",
+        each=[("llama",), ("gemma3",), ("gpt2",)])
+def passes(device, dtype, architecture):
+    lm, _ = loaded(device, dtype, architecture)
+    W, out = models_of.head(lm), {"special": models_of.special_ids(lm)}
+    for kind in ROWS:
+        batch = text.model_inputs(blocks(kind).train[:4])
+        h = models_of.hidden(lm, batch, 1)
+        with models_of.resume(lm, 1, h):
+            final = models_of.hidden(lm, batch, "final")
+        each = list(models_of.hidden_each(lm, batch, [-1, 2, "final"]))
+        wanted = text.targets(blocks(kind).train[:4])
+        out[kind] = dict(h=h, final=final, logits=W(final), each=each, wanted=wanted)
+    return out
+
+
+@covers("splice.splice", "splice.Splice", "splice.check_saes", "splice.check_fit", "splice.fvu",
+        "splice.replaced", "splice.replaceable", "splice.positions_kept", "splice.Identity",
+        "sae.load_sae", "sae.reconstruct", "sae.active", "sae.hook_name", "sae.site",
+        "sae.fingerprint", "sae.pieces", "splice.at_home",
+        each=[(k, a) for k in ("topk", "jumprelu") for a in ("llama", "gemma2", "gpt2")])
+def splices(device, dtype, kind, architecture):
+    lm, _ = loaded(device, dtype, architecture)
+    out = {}
+    for rows in ROWS:
+        batch = text.model_inputs(blocks(rows).train[:4])
+        splice.check_fit(lm, {1: sae(kind)}, batch)
+        with splice.splice(lm, {1: sae(kind), 2: sae(kind, 2)}) as state, torch.no_grad():
+            spliced = models_of.hidden(lm, batch, "final")
+        with splice.splice(lm, {-1: splice.Identity(32)}, keep="none"), torch.no_grad():
+            plain = models_of.hidden(lm, batch, "final")
+        out[rows] = dict(spliced=spliced, plain=plain, fired=sum(state.fired.values()))
+    x = splice.replaced(lm, batch, 1)
+    own = splice.check_saes(lm, {1: sae(kind)})[1]  # this puts an SAE where it belongs
+    with torch.no_grad():
+        found = saes_of.reconstruct(own, x)
+        active = saes_of.active(own, x.float())[0].sort().values if kind == "topk" else None
+        with patch.object(saes_of, "PIECE", 64 * 5):  # five positions at a time
+            parted = saes_of.reconstruct(own, x)
+    where = splice.replaceable(lm, batch)
+    return out | dict(x=x, found=found, active=active, parted=parted,
+                      fvu=splice.fvu(x.float(), found.float()), where=where,
+                      fingerprint=saes_of.fingerprint(own))
+
+
+@covers("splice.splice", "sae.load_sae", each=KINDS)
+def generation(device, dtype, kind):
+    lm, tok, saes = adapted(device, dtype, kind)
+    ids = blocks().valid[:2, :6].to(device)  # Hugging Face's own function takes what is there
+    options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
+    with splice.splice(lm, saes):
+        cached, plain = (lm.generate(ids, **options, use_cache=c) for c in (True, False))
+    assert dtype != torch.float32 or torch.equal(cached, plain)
+    return dict(cached=cached)
+
+
+@covers("sae.save_sae", "sae.load_sae", "sae.fingerprint")
+def saes_saved_from_the_device(device, dtype):
+    lm, _ = loaded(device, dtype)
+    own, folder = splice.check_saes(lm, {1: sae()})[1], fresh()
+    saes_of.save_sae(own, folder / "whole")
+    saes_of.save_sae(own, folder / "half", half=True)
+    again, half = (saes_of.load_sae(folder / n) for n in ("whole", "half"))
+    assert saes_of.fingerprint(again) == saes_of.fingerprint(own)
+    return dict(half=half.W_dec)
+
+
+# Adapters.
+
+@covers("lora.add_lora", "lora.lora_parameters", "lora.lora_layers", "lora.without_lora",
+        "lora.only", "lm.linears", each=[("llama",), ("gemma2",), ("gpt2",)])
+def adapters(device, dtype, architecture):
+    lm, _ = loaded(device, dtype, architecture)
+    batch, out = text.model_inputs(blocks().train[:4]), {}
+    for name in ("one", "two"):
+        lora.add_lora(lm, {1: sae()}, rank=2, name=name)
+        numbers(lm)
+    with torch.no_grad():
+        for name in ("one", "two"):
+            with lora.only(lm, name):
+                out[name] = models_of.hidden(lm, batch, "final")
+        with lora.without_lora(lm):
+            out["base"] = models_of.hidden(lm, batch, "final")
+    return out | dict(layers=lora.lora_layers(lm), first=parameters(lm, "one"))
+
+
+@covers("lora.save_adapter", "lora.attach_adapter", "lora.load_adapter", "lora.Adapted",
+        each=KINDS)
+def adapters_saved_and_loaded(device, dtype, kind):
+    lm, _, saes = adapted(device, dtype, kind)
+    folder, rows = fresh(), blocks().valid
+    report = metrics.fidelity(lm, saes, rows)
+    lora.save_adapter(lm, saes, folder, metrics=report)
+    lm, _ = loaded(device, dtype)
+    attached = lora.attach_adapter(lm, folder)
+    with splice.splice(lm, attached):
+        inside = models_of.hidden(lm, text.model_inputs(rows[:2]), "final")
+    again = metrics.fidelity(lm, attached, rows)
+    lm, _, saes, spliced = lora.load_adapter(folder, dtype=dtype, device=device)
+    with spliced(), torch.no_grad():
+        loaded_inside = models_of.hidden(lm, text.model_inputs(rows[:2]), "final")
+    curve = train.fit_lora(lora.load_adapter(folder, True, dtype=dtype, device=device).lm,
+                           saes, blocks().train, **RUN)
+    return dict(report=report, again=again, inside=inside, loaded=loaded_inside,
+                curve=losses_of(curve))
+
+
+# Measures.
+
+@covers("metrics.fidelity", "metrics.fidelities", "metrics.token_losses", "metrics.held_out_loss",
+        "metrics.sparsity", "metrics.four_models", "metrics.shared_layer", "metrics.bootstrap",
+        "loss.losses", each=[*(("topk", r) for r in ROWS), ("jumprelu", "padded")])
+def measures(device, dtype, kind, rows):
+    lm, _, saes = adapted(device, dtype, kind)
+    valid, out = blocks(rows).valid, {"shared": metrics.shared_layer(lm, saes)}
+    fresh_saes = lambda: {1: sae(kind)}  # on the CPU, for each measure again
+    out["fidelity"] = metrics.fidelity(lm, fresh_saes(), valid)
+    out["fidelities"] = metrics.fidelities(lm, fresh_saes(), valid, ["default"])
+    tokens = metrics.token_losses(lm, fresh_saes(), valid, batch=5)
+    out["tokens"] = torch.stack([x for kind in ("ce", "kl") for x in tokens[kind].values()])
+    out["held_out"] = metrics.held_out_loss(lm, fresh_saes(), valid)()
+    out["sparsity"] = metrics.sparsity(lm, sae(kind), 1, valid)
+    with torch.no_grad():
+        batch = text.model_inputs(valid[:2])
+        out["four"] = metrics.four_models(lm, fresh_saes(), batch)
+    return out
+
+
+@covers("saebench.loss_recovered", "saebench.Zero", "saebench.explained_variance",
+        each=KINDS)
+def recovery(device, dtype, kind):
+    out = {}
+    for clean in ("base", "adapted_unspliced"):
+        lm, _, saes = adapted(device, dtype, kind)
+        out[clean] = saebench.loss_recovered(lm, saes, blocks("padded").valid, clean)
+    x = splice.replaced(lm, text.model_inputs(blocks().valid[:4]), 1).float()
+    with torch.no_grad():
+        found = saes_of.reconstruct(splice.check_saes(lm, saes)[1], x)
+    return out | dict(explained=saebench.explained_variance(x, found))
+
+
+@covers("states.harvest", "states.known_states", "loss.arithmetic", "loss.prepared",
+        "loss.attention", "loss.frozen_in_bf16", "loss.bf16_pays", "loss.keep_memory",
+        each=[("llama",), ("gpt2",)])
+def cached_states(device, dtype, architecture):
+    lm, _ = loaded(device, dtype, architecture)
+    rows, out = blocks("padded").train, {}
+    means = lambda x: torch.stack([x.float().mean(0), x.float().abs().mean(0)])  # x is in bfloat16
+    out["one"] = means(states.harvest(lm, rows, 1))
+    for again in (False, True):  # once to fill the cache, once to read it
+        out[f"each {again}"] = [means(x) for x in states.harvest(lm, rows, [0, 2], cached=True)]
+    lora.add_lora(lm, {1: sae()}, rank=2)
+    numbers(lm)
+    known = states.known_states(lm, rows, 1, loss.arithmetic(device))
+    return out | dict(known=known)
+
+
+# Training.
+
+def trained(device, dtype, rows="plain", recipe="fast", layers=(1,), kind="topk",
+            architecture="llama", adapter={}, **options) -> dict:
+    "An adapter trained from scratch: its weights and losses."
+    lm, _ = loaded(device, dtype, architecture)
+    saes = {i: sae(kind, i) for i in layers}
+    lora.add_lora(lm, saes, rank=2, **adapter)
+    curve = train.fit_lora(lm, saes, blocks(rows).train, recipe=recipe, **RUN | options)
+    return dict(parameters=parameters(lm), losses=losses_of(curve))
+
+
+@covers("train.fit_lora", "train.distill", "train.distill_each", "loss.kl_loss", "loop.loop",
+        "loop.order", "loop.schedule", "loop.shared", "lora.add_lora", "lora.lora_parameters",
+        "loss.prepared", "loss.compiled", "loss.can_compile",
+        each=[("topk", "llama"), ("topk", "gemma2"), ("topk", "gpt2"), ("jumprelu", "llama")])
+def training(device, dtype, kind, architecture):
+    return trained(device, dtype, kind=kind, architecture=architecture)
+
+
+WAYS = {
+    "padded": dict(rows="padded"),
+    "per_document": dict(rows="per_document"),
+    "two_saes": dict(layers=(1, 2)),
+    "before_the_blocks": dict(layers=(-1,)),
+    "nothing_kept": dict(keep="none"),
+    "held_unspliced": dict(keep_unspliced=0.5),
+    "published": dict(recipe="published", adapter=dict(alpha=4), batch=1),
+}
+
+
+@covers("train.fit_lora", "train.distill_published", each=[(w,) for w in WAYS])
+def ways_of_training(device, dtype, way):
+    return trained(device, dtype, **WAYS[way])
+
+
+@covers("train.fit_lora", "metrics.held_out_loss")
+def training_measured(device, dtype):
+    lm, _ = loaded(device, dtype)
+    lora.add_lora(lm, {1: sae()}, rank=2)
+    measure = metrics.held_out_loss(lm, {1: sae()}, blocks().valid)
+    curve = train.fit_lora(lm, {1: sae()}, blocks().train, **RUN, measure=measure)
+    return [(row["loss"], row["ce"]) for row in curve]
+
+
+@covers("train.fit_lora", "loss.arithmetic", "loss.frozen_in_bf16", "loss.prepared",
+        "loss.attention", "loss.bf16_pays")
+def mixed_precision(device, dtype):
+    found = trained(device, dtype, precision="bf16")
+    assert found["parameters"].isfinite().all()
+    return {}  # the numbers depend on which operations are in bfloat16, and a CPU has its own list
+
+
+@covers("train.fit_loras", "states.known_states", each=[("computed",), ("cached",)])
+def side_by_side(device, dtype, how):
+    lm, _ = loaded(device, dtype)
+    students = {f"s{i}": {1: sae(kind)} for i, kind in enumerate(("topk", "jumprelu"))}
+    for name, own in students.items():
+        lora.add_lora(lm, own, rank=2, name=name)
+    rows = blocks("padded").train[:4]  # twice
+    curves = train.fit_loras(lm, students, rows, **RUN, cached=how == "cached")
+    return dict(parameters=parameters(lm), losses={n: losses_of(c) for n, c in curves.items()})
+
+
+class Stopped(Exception):
+    pass
+
+
+def stopped_at(step: int):
+    "A callback that stops a run as a kill would, after its state was saved."
+    def callback(row):
+        if row["step"] == step:
+            raise Stopped
+    return callback
+
+
+@covers("loop.save", "loop.restore", "loop.loop", "train.fit_lora", each=[("fast",), ("published",)])
+def stopped_and_resumed(device, dtype, recipe):
+    ends, file = [], fresh() / "state.safetensors"
+    for stops in (None, 2, None):  # unbroken; stopped; resumed
+        lm, _ = loaded(device, dtype)
+        lora.add_lora(lm, {1: sae()}, rank=2, **train.ADAPTER[recipe])
+        options = RUN | dict(recipe=recipe, batch=1 if recipe == "published" else 2)
+        options["checkpoint"] = file if ends else None
+        if stops:
+            options["callback"] = stopped_at(stops)
+        elif ends:
+            torch.manual_seed(99)  # what happened since is no matter
+            torch.rand(5, device=device)
+        try:
+            curve = train.fit_lora(lm, {1: sae()}, blocks().train, **options)
+        except Stopped:
+            pass
+        ends.append((parameters(lm), losses_of(curve)))
+    (unbroken, curve), _, (resumed, again) = ends
+    assert curve == again
+    assert torch.equal(unbroken, resumed), "not the same after resuming"
+    return dict(fast=unbroken) if recipe == "fast" else {}  # dropout draws from the device
+
+
+@covers("train.finetune_sae", "train.fit_both", "train.fit_linear", "train.LinearAdapter",
+        each=KINDS)
+def saes_trained(device, dtype, kind):
+    rows, out = blocks("padded").train, {}
+    lm, _ = loaded(device, dtype)
+    saes = {1: sae(kind)}
+    out["finetuned"] = losses_of(train.finetune_sae(lm, saes, rows, **RUN)), saes[1].W_dec
+    saes = {1: sae(kind)}
+    curve = train.finetune_sae(lm, saes, rows, parameters=["b_dec"], **RUN)
+    out["part"] = losses_of(curve), saes[1].b_dec
+    linear, curve = train.fit_linear(lm, {1: sae(kind)}, rows, rank=3, **RUN)
+    out["linear"] = losses_of(curve), linear[1].B, metrics.fidelity(lm, linear, blocks().valid)
+    lora.add_lora(lm, {1: sae(kind)}, rank=2)
+    saes = {1: sae(kind)}
+    curve = train.fit_both(lm, saes, rows, **RUN)
+    out["both"] = losses_of(curve), saes[1].W_dec, parameters(lm)
+    return out
+
+
+@covers("train.untrained_sae", "train.fit_e2e", "train.new_sae", "train.unscaled")
+def saes_end_to_end(device, dtype):
+    lm, _ = loaded(device, dtype)
+    new = train.untrained_sae(lm, 1, blocks().train, 64, 8)
+    trained, curve = train.fit_e2e(lm, 1, blocks().train, width=64, k=8, **RUN)
+    return dict(new=new.W_enc, trained=trained.W_dec, losses=losses_of(curve),
+                sparsity=metrics.sparsity(lm, trained, 1, blocks().valid))
+
+
+@covers("train.fit_sae", "train.new_sae", "train.unscaled", "states.harvest", "loop.loop")
+def saes_for_hidden_states(device, dtype):
+    lm, _ = loaded(device, dtype)
+    x, file = states.harvest(lm, blocks().train, 1), fresh() / "state.safetensors"
+    options = dict(tokens=1280, width=64, k=8, batch=128, dead_after=300, points=5)
+    with chosen(device, dtype):  # nothing here says where to train
+        whole, curve = train.fit_sae(x, **options)
+        try:
+            train.fit_sae(x, **options, checkpoint=file, callback=stopped_at(4))
+        except Stopped:
+            pass
+        again, _ = train.fit_sae(x, **options, checkpoint=file)
+    assert torch.equal(whole.W_dec, again.W_dec), "not the same after resuming"
+    return dict(W_dec=whole.W_dec, losses=losses_of(curve),
+                sparsity=metrics.sparsity(lm, whole, 1, blocks().valid))
+
+
+# Steering, latents and the measures of SAEBench.
+
+SETS = {"positive": [" ".join(WORDS[i:i + 5 + i]) for i in range(4)],
+        "other": [" ".join(WORDS[20 + i:27 + 2 * i]) for i in range(3)],
+        "more": [" ".join(WORDS[40 + i:46 + 3 * i]) for i in range(3)]}
+
+
+def loudest(device, dtype) -> int:
+    "A latent that fires."
+    lm, _ = loaded(device, dtype)
+    f = steering.firing(lm, sae(), 1, blocks().valid, list(range(64)))
+    return int((f > 0).float().mean((0, 1)).argmax())
+
+
+@covers("steering.steer", "steering.Steered", "steering.steering_effect", "steering.tune_alpha",
+        "steering.steering_changes", "steering.scaled_change", "steering.mean_interval",
+        "steering.log_likelihoods", "steering.text_rows", each=KINDS)
+def steered(device, dtype, kind):
+    lm, tok, saes = adapted(device, dtype, kind)
+    rows = steering.text_rows(SETS["positive"], tok)
+    with steering.steer(lm, sae(kind), 1, 5, 0.7):
+        inside = steering.log_likelihoods(lm, rows)
+    tuned = steering.tune_alpha(lm, tok, sae(kind), 1, 5, SETS, alphas=(0.1, 1.0))
+    effect = steering.steering_effect(lm, tok, sae(kind), 1, 5, SETS, 0.5)
+    means = {k: {s: {m: v["mean"] for m, v in by.items()} | dict(scale=100.0)  # that of the means
+                 for s, by in sides.items()} for k, sides in effect.items()}
+    return dict(inside=inside, tuned=tuned, effect=means)
+
+
+@covers("steering.firing", "steering.latents_at", "steering.positives", "steering.passages",
+        each=KINDS)
+def firings(device, dtype, kind):
+    lm, tok = loaded(device, dtype)
+    rows, latent = blocks("padded").valid, loudest(device, dtype)
+    with torch.no_grad():
+        at = steering.latents_at(lm, sae(kind), 1, rows)
+    return dict(at=at, firing=steering.firing(lm, sae(kind), 1, rows, [latent, 3]),
+                text=steering.positives(lm, tok, sae(kind), 1, latent, rows, n=3))
+
+
+@covers("latents.agreement", "latents.latent_cards", "latents.promotes", "latents.some_latents",
+        "latents.cards_page", each=KINDS)
+def cards(device, dtype, kind):
+    lm, tok, _ = adapted(device, dtype, kind)
+    rows, out = blocks("padded").valid, {}
+    chosen = latents.some_latents(lm, sae(kind), 1, rows, 3, low=0.02, high=0.9)
+    two = {1: sae(kind), 2: sae(kind, 2)}
+    out["agreement"] = latents.agreement(lm, two, rows, top=3)
+    out["promotes"] = latents.promotes(lm, tok, sae(kind), chosen)
+    made = latents.latent_cards(lm, tok, {2: sae(kind, 2)}, 2, chosen, rows)
+    assert "latent-cards" in latents.cards_page(made)
+    shown = [(c["rate"], c["top_overlap"], c["promotes"]) for c in made]
+    return out | dict(chosen=chosen, cards=shown)
+
+
+@covers("saebench.pooled", "saebench.probe", "saebench.tpp", "saebench.scr", "saebench.decoder",
+        "saebench.top_latents", each=KINDS)
+def probes(device, dtype, kind):
+    lm, tok = loaded(device, dtype)
+    own = sae(kind)
+    draw = random.Random(1)
+    y = [letter for letter in "abcd" for _ in range(12)]
+    texts = [" ".join(draw.choices([w for w in WORDS if w[0] == c], k=6)) for c in y]
+    X, F = saebench.pooled(lm, tok, own, 1, texts)
+    D = saebench.decoder(own)  # which is on the device by now
+    one = torch.tensor([c in "ab" for c in y])
+    other = torch.arange(len(y)) % 2 == 0
+    top = saebench.top_latents(F, one, 3)
+    return dict(X=X, F=F, D=D, top=top, probe=saebench.probe(F, y, (2, None)),
+                tpp=saebench.tpp(X, F, D, y, n=3), scr=saebench.scr(X, F, D, one, other, n=3))
+
+
+@covers("saebench.absorption", "saebench.absorbed", "saebench.letter_words",
+        each=KINDS)
+def absorptions(device, dtype, kind):
+    lm, tok = loaded(device, dtype)
+    found = saebench.absorption(lm, tok, sae(kind), 1, letters="abcdef", n=11)
+    assert dtype != torch.float32 or found["letters"], "no letter was found: nothing was tried"
+    own = splice.check_saes(lm, {1: sae(kind)})[1]
+    with torch.no_grad():
+        h, f, _ = steering.latents_at(lm, own, 1, blocks().valid[:2])
+        here = saebench.absorbed(h[:, 3].float(), f[:, 3].float(), saebench.decoder(own),
+                                 own.W_dec[0], [0, 1])
+    return dict(found=found, here=here)
+
+
+# Benchmarks.
+
+PAIRS = [(f"{a}.", f"{b}.") for a, b in zip(documents()[:6], documents()[6:12])]
+
+
+@lru_cache(None)
+def benchmark_data() -> Path:
+    "A benchmark of a few sentences in the form of BLiMP."
+    path = room("data", "blimp", "wh_island.jsonl")
+    path.parent.mkdir(parents=True)
+    lines = [json.dumps(dict(sentence_good=a, sentence_bad=b)) for a, b in PAIRS]
+    path.write_text("\n".join(lines) + "\n")
+    return room("data")
+
+
+@covers("tasks.benchmark", "tasks.benchmark_all", "tasks.local_tasks", "tasks.as_model",
+        "tasks.models", "tasks.recovered", "tasks.Family", each=KINDS)
+def benchmarks(device, dtype, kind):
+    lm, tok, saes = adapted(device, dtype, kind)
+    options = dict(data=benchmark_data(), batch_size=4)
+    one = tasks.benchmark(lm, tok, "blimp_wh_island", {1: sae(kind)}, **options)
+    four = tasks.benchmark_all(lm, tok, "blimp_wh_island", saes, **options)
+    shared = tasks.recovered(four, "blimp_wh_island")["lost"]
+    return dict(one=one, four=four, lost=shared)
+
+
+# Commands and experiments: here the package chooses the device.
+
+@contextmanager
+def chosen(device, dtype):
+    "Inside, the package takes `device` and `dtype` where a user names none; a list of the models."
+    given, load = [], models_of.load_lm
+
+    def load_lm(model="smollm2-135m", dtype=dtype, **options):
+        lm, tok = load(model, dtype, **options)
+        given.append(lm)
+        return lm, tok
+    with ExitStack() as stack:
+        for module in PACKAGE:
+            if hasattr(module, "default_device"):
+                name = patch.object(module, "default_device", lambda: str(device))
+                stack.enter_context(name)
+        for module in (cli, experiments):
+            stack.enter_context(patch.object(module, "load_lm", load_lm))
+        yield given
+
+
+def on(lms: list, device) -> bool:
+    "Whether all models were put on the device."
+    kind = torch.device(device).type
+    return bool(lms) and all(p.device.type == kind for lm in lms for p in lm.parameters())
+
+
+def command(device, dtype, *arguments) -> dict:
+    "The report of a `sae-lora` command."
+    said, argv = StringIO(), ["sae-lora", *map(str, arguments), "--json"]
+    with chosen(device, dtype) as lms, patch.object(sys, "argv", argv), redirect_stdout(said):
+        try:
+            cli.main()
+        except SystemExit as stop:
+            assert not stop.code, f"exit code {stop.code}"
+    assert on(lms, device), f"{arguments[0]} did not put its model on {device}"
+    report = json.loads(said.getvalue())
+    for other in ("train_seconds", "tokens_per_second", "peak_memory_bytes", "versions"):
+        report.pop(other, None)
+    for about in report.get("saes", []):
+        about.pop("source")
+    return report
+
+
+def adapt_options(*saes) -> list:
+    "Arguments of `adapt` for a small run."
+    specs = [x for s in saes for x in ("--sae", s)]
+    return [*specs, "--model", model_folder(), "--text", text_file(), "--length", 16, "--rank", 2,
+            "--tokens", 160, "--valid-tokens", 256]
+
+
+COMMANDS = ("cli.adapt", "cli.run_adapt", "cli.report", "cli.parse_saes", "cli.parse_layers",
+            "cli.held_out", "cli.peak_memory", "cli.main")
+SPECS = {"topk": [("topk", 1)], "jumprelu": [("jumprelu", 1)], "two": [("topk", 1), ("topk", 2)]}
+
+
+@covers(*COMMANDS, "cli.evaluate", "lora.attach_adapter", each=[(s,) for s in SPECS])
+def adapt_and_evaluate(device, dtype, specs):
+    folder = fresh()
+    options = adapt_options(*(sae_folder(*s) for s in SPECS[specs]))
+    made = command(device, dtype, "adapt", "--out", folder / "run", *options)
+    measured = command(device, dtype, "evaluate", folder / "run", "--text", text_file(),
+                       "--valid-tokens", 256)
+    return dict(made=made, measured=measured)
+
+
+@covers(*COMMANDS)
+def adapt_as_published(device, dtype):
+    options = [*adapt_options(sae_folder()), "--recipe", "published"]
+    made = command(device, dtype, "adapt", "--out", fresh() / "run", *options)
+    return dict(base=made["ce"]["base"], spliced=made["ce"]["spliced"])  # dropout is the device's
+
+
+@covers("cli.train_sae", "cli.measure_sae")
+def train_sae(device, dtype):
+    return command(device, dtype, "train-sae", "--out", fresh() / "sae", "--model", model_folder(),
+                   "--text", text_file(), "--layer", 1, "--width", 64, "--k", 8, "--tokens", 1024,
+                   "--batch", 128, "--text-tokens", 2048, "--valid-tokens", 768)
+
+
+@contextmanager
+def small_demo():
+    "The model, the SAE and the text of `demo` are others inside: the command has no options."
+    def data_path(*parts):
+        return sae_folder()
+    with patch.object(models_of, "embedded", lambda name: model_folder()), \
+            patch.object(saes_of, "data_path", data_path), \
+            patch.object(text, "corpus", lambda source: documents(900)):
+        yield
+
+
+@covers("cli.demo", "cli.passages", "cli.show", "cli.sentence", *COMMANDS)
+def demo(device, dtype):
+    folder = fresh()
+    with small_demo():
+        report = command(device, dtype, "demo", "--out", folder / "run", "--tokens", 1024)
+        from rich.console import Console
+        said = StringIO()
+        cli.show(report, Console(file=said))
+        lm, tok, saes = adapted(device, dtype)
+        cli.passages(lm, tok, saes, blocks().valid, Console(file=said), width=5)
+    assert "wins back" in said.getvalue() and "adapted" in said.getvalue()
+    return report
+
+
+WORLD = dict(length=16, text_tokens=24 * 16, valid_tokens=256)
+
+
+@covers("experiments.world", "experiments.gather", "experiments.trained_sae",
+        "experiments.saes_at", "experiments.adapted", "experiments.adapted_rows",
+        "experiments.cacheable", "results.provenance", "results.Results")
+def experiment(device, dtype):
+    spec = dict(layer=1, width=64, k=8, tokens=2048)
+    world = dict(model=str(model_folder()), text=str(text_file()), **WORLD)
+    runs = [world | dict(rank=r, layers="after", tokens=128, recipe="fast", seed=0, sae=spec)
+            for r in (1, 2)]
+    with chosen(device, dtype) as lms, patch.dict(os.environ, SAE_LORA_RESULTS=str(fresh())):
+        experiments.world.cache_clear()
+        experiments.gather(runs)
+        rows = list(experiments.adapted_rows(runs)) + list(experiments.adapted_rows(runs[:1]))
+        recalled = list(experiments.adapted_rows(runs[:1]))
+        experiments.world.cache_clear()
+    assert on(lms, device) and results.provenance()["device"]
+    for row in rows + recalled:
+        row.pop("train_seconds")
+    assert recalled[0]["ce"] == rows[-1]["ce"]
+    return rows
+
+
+# What a run of the entries needs, what is seen of it, and how numbers are compared.
+
+@contextmanager
+def conditions(mixed: bool = False):
+    "Inside, the cache is empty, and `auto` means bfloat16 products if `mixed`, else float32's."
+    with patch.dict(os.environ, SAE_LORA_CACHE=str(fresh())), \
+            patch.object(loss, "bf16_pays", lambda device="cpu": mixed):
+        yield
+
+
+def public() -> dict[str, object]:
+    "The functions and classes that the package offers, as `module.name`."
+    found = {f"{short}.{name}": getattr(module, name)
+             for short, module in zip(MODULES, PACKAGE) for name in module.__all__}
+    ours = lambda f: getattr(f, "__module__", "").startswith("sae_lora.")
+    kind = lambda f: isinstance(f, (FunctionType, type)) or hasattr(f, "__wrapped__")
+    return {name: f for name, f in found.items() if ours(f) and kind(f)}
+
+
+class Recorder:
+    "A function that leaves its name when it is called."
+    def __init__(self, function, name: str, seen: set):
+        self.function, self.name, self.seen = function, name, seen
+
+    def __call__(self, *args, **kwargs):
+        self.seen.add(self.name)
+        return self.function(*args, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self.function, name)
+
+
+@contextmanager
+def recorded(seen: set):
+    "Inside, the names of the public functions that are called gather in `seen`."
+    wrapped = {id(f): Recorder(f, name, seen) for name, f in public().items()
+               if not isinstance(f, type)}
+    with ExitStack() as stack:
+        for module in PACKAGE:
+            for name, value in list(vars(module).items()):
+                if id(value) in wrapped:
+                    stack.enter_context(patch.object(module, name, wrapped[id(value)]))
+        yield
+
+
+PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm,
+            torch.addmm, torch.bmm, Tensor.bmm, torch.baddbmm, torch.einsum, nn.functional.linear,
+            nn.functional.embedding_bag}
+
+
+class ProductsOnCPU(TorchFunctionMode):
+    "Inside, products of matrices that are on the CPU are noted: work that a device should do."
+    def __init__(self):
+        super().__init__()
+        self.where = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function in PRODUCTS:
+            operands = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
+            if all(a.dim() > 1 and a.device.type == "cpu" for a in operands[:2]):
+                self.where.add(_caller())
+        return function(*args, **kwargs or {})
+
+
+def _caller() -> str:
+    "The line of the package that is being run, as `module.py:number`."
+    frame = sys._getframe(2)
+    while frame and Path(frame.f_code.co_filename).parent.name != "sae_lora":
+        frame = frame.f_back
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}" if frame else "elsewhere"
+
+
+def flat(value, path: str = "") -> dict:
+    "What an entry returned, as a CPU tensor, a text or none for each path; numbers together."
+    if isinstance(value, dict) and value and all(isinstance(v, float) for v in value.values()):
+        value = list(value.values())
+    if isinstance(value, dict):
+        parts = [flat(v, f"{path}/{k}") for k, v in value.items()]
+    elif isinstance(value, (list, tuple)) and not all(isinstance(v, float) for v in value):
+        parts = [flat(v, f"{path}/{i}") for i, v in enumerate(value)]
+    elif isinstance(value, (Tensor, list, tuple, float, int)):
+        return {path: torch.as_tensor(value).detach().cpu().double()}
+    else:
+        return {path: value}
+    return {k: v for part in parts for k, v in part.items()}
+
+
+QUOTIENTS = ("gap_closed", "kl_closed", "ci95")  # of small differences, which magnify rounding
+
+
+def compared(here, there) -> tuple[float, str]:
+    "The largest difference of two results, relative to the size of the numbers, and where it is."
+    a, b = flat(here), flat(there)
+    assert a.keys() == b.keys(), f"only one has {sorted(a.keys() ^ b.keys())[:5]}"
+    worst = (0.0, "")
+    for path, x in a.items():
+        if not isinstance(x, Tensor):
+            assert x == b[path], f"{path}: {x!r} and {b[path]!r}"
+        if not isinstance(x, Tensor) or set(path.split("/")) & set(QUOTIENTS):
+            continue
+        assert x.shape == b[path].shape, f"{path}: {tuple(x.shape)} and {tuple(b[path].shape)}"
+        apart = float((x - b[path]).norm()) / max(float(x.norm()), 1e-6)
+        worst = max(worst, (apart if apart == apart else float("inf"), path))
+    return worst
+
+
+def not_finite(result) -> list[str]:
+    "The paths of a result at which there is a number that is none."
+    return [path for path, x in flat(result).items()
+            if isinstance(x, Tensor) and not bool(x.isfinite().all())]
