@@ -76,11 +76,12 @@ def main(mode: str, names: list[str]):
         print(json.dumps([name, mode, found | dict(called=sorted(seen))]), flush=True)
 
 
-def start(mode: str, names: list[str], output):
+def start(mode: str, names: list[str], file: Path) -> subprocess.Popen:
     "A process that runs entries; it has one thread, for two of them run at a time."
     own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.Popen([sys.executable, __file__, mode, *names], stdout=output,
-                            stderr=subprocess.STDOUT, env=os.environ | own)
+    with file.open("w") as output:
+        return subprocess.Popen([sys.executable, __file__, mode, *names], stdout=output,
+                                stderr=subprocess.STDOUT, env=os.environ | own)
 
 
 @pytest.fixture(scope="session")
@@ -92,7 +93,7 @@ def found(request, tmp_path_factory) -> dict:
     wanted = {i.callspec.params["entry"] for i in ours if hasattr(i, "callspec")}
     names = [n for n in ENTRIES if n in wanted] or list(ENTRIES)
     said = {mode: tmp_path_factory.mktemp("devices") / mode for mode in MODES}
-    running = {mode: start(mode, names, open(file, "w")) for mode, file in said.items()}
+    running = {mode: start(mode, names, file) for mode, file in said.items()}
     try:
         for mode, process in running.items():
             process.wait(timeout=900)
