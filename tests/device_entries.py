@@ -25,7 +25,6 @@ import conftest
 import torch
 from conftest import random_sae, tiny
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 import sae_lora
 from sae_lora import adapt, check, cli, experiments, latents, loop, lora, loss, metrics, results
@@ -837,23 +836,29 @@ def recorded(seen: set):
         yield
 
 
-PRODUCTS = {torch.matmul, Tensor.matmul, Tensor.__matmul__, Tensor.__rmatmul__, torch.mm, Tensor.mm,
-            torch.addmm, torch.bmm, Tensor.bmm, torch.baddbmm, torch.einsum, nn.functional.linear,
-            nn.functional.embedding_bag}
+PRODUCTS = [(torch, "matmul"), (torch, "mm"), (torch, "addmm"), (torch, "bmm"), (torch, "baddbmm"),
+            (torch, "einsum"), (Tensor, "matmul"), (Tensor, "__matmul__"), (Tensor, "mm"),
+            (Tensor, "bmm"), (nn.functional, "linear"), (nn.functional, "embedding_bag")]
 
 
-class ProductsOnCPU(TorchFunctionMode):
-    "Inside, products of matrices that are on the CPU are noted: work that a device should do."
-    def __init__(self):
-        super().__init__()
-        self.where = set()
+def _watched(product: Callable, where: set):
+    "A product of matrices that notes where it is called with two that are on the CPU."
+    def watched(*args, **kwargs):
+        operands = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()][:2]
+        if all(a.is_cpu and a.dim() > 1 for a in operands):
+            where.add(_caller())
+        return product(*args, **kwargs)
+    return watched
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in PRODUCTS:
-            operands = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
-            if all(a.dim() > 1 and a.device.type == "cpu" for a in operands[:2]):
-                self.where.add(_caller())
-        return function(*args, **kwargs or {})
+
+@contextmanager
+def products_on_cpu(where: set):
+    "Inside, lines that multiply matrices on the CPU gather in `where`: a device should do that."
+    with ExitStack() as stack:
+        for owner, name in PRODUCTS:
+            watched = _watched(getattr(owner, name), where)
+            stack.enter_context(patch.object(owner, name, watched))
+        yield
 
 
 def _caller() -> str:
@@ -912,9 +917,9 @@ ON_CPU = {
 
 def tried(name: str, device, dtype) -> dict:
     "What came of one entry: its result, or the error; and products of matrices on the CPU."
-    began, products = time.process_time(), ProductsOnCPU()
+    began, products = time.process_time(), set()
     try:
-        with conditions(mixed=dtype == torch.bfloat16), products:
+        with conditions(mixed=dtype == torch.bfloat16), products_on_cpu(products):
             result = ENTRIES[name].run(device, dtype)
         found = dict(result=result, error=None)
     except (Exception, SystemExit) as e:
@@ -923,7 +928,7 @@ def tried(name: str, device, dtype) -> dict:
         where = of_package or [f"{f.name}:{n}" for f, n in frames]
         error = f"{type(e).__name__}: {str(e)[:600]} ({' > '.join(where[-4:])})"
         found = dict(result=None, error=error)
-    wrong = sorted(products.where) if name.split("-")[0] not in ON_CPU else []
+    wrong = sorted(products) if name.split("-")[0] not in ON_CPU else []
     return found | dict(products=wrong, seconds=time.process_time() - began)
 
 

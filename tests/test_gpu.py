@@ -22,9 +22,12 @@ def needed(entry: str):
 
 
 @pytest.fixture(autouse=True)
-def full_float32(monkeypatch):
-    "Products of float32 are not rounded to TF32, as PyTorch has it unless it is told otherwise."
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def full_float32():
+    "Products of float32 are not rounded to TF32, whatever another test has asked for."
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
