@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 import sae_lora
-from sae_lora import cli, experiments, latents, loop, lora, loss, metrics, results
+from sae_lora import adapt, check, cli, experiments, latents, loop, lora, loss, metrics, results
 from sae_lora import lm as models_of
 from sae_lora import sae as saes_of
 from sae_lora import saebench, splice, states, steering, tasks, text, train
@@ -621,7 +621,7 @@ def chosen(device, dtype):
             if hasattr(module, "default_device"):
                 name = patch.object(module, "default_device", lambda: str(device))
                 stack.enter_context(name)
-        for module in (cli, experiments):
+        for module in (adapt, cli, experiments):
             stack.enter_context(patch.object(module, "load_lm", load_lm))
         yield given
 
@@ -641,12 +641,19 @@ def command(device, dtype, *arguments) -> dict:
         except SystemExit as stop:
             assert not stop.code, f"exit code {stop.code}"
     assert on(lms, device), f"{arguments[0]} did not put its model on {device}"
-    report = json.loads(said.getvalue())
-    for other in ("train_seconds", "tokens_per_second", "peak_memory_bytes", "versions"):
-        report.pop(other, None)
-    for about in report.get("saes", []):
-        about.pop("source")
-    return report
+    return told(json.loads(said.getvalue()))
+
+
+def told(report: dict) -> dict:
+    "A report, or a check, without what depends on the machine and the moment."
+    machine = ("device", "dtype", "versions", "tokens_per_second")
+    changing = lambda k: k in machine or "seconds" in k or "bytes" in k
+    left = {k: v for k, v in report.items() if not changing(k)}
+    if "check" in left:
+        left["check"] = told(left["check"])
+    for about in left.get("saes", []):
+        about.pop("source", None)
+    return left
 
 
 def adapt_options(*saes) -> list:
@@ -656,12 +663,17 @@ def adapt_options(*saes) -> list:
             "--tokens", 160, "--valid-tokens", 256]
 
 
-COMMANDS = ("cli.adapt", "cli.run_adapt", "cli.report", "cli.parse_saes", "cli.parse_layers",
-            "cli.held_out", "cli.peak_memory", "cli.main")
+CHECKED = ("check.preflight", "check.peak_memory", "check.memory_of", "check.beginnings",
+           "check.base_loss", "check.beginning_losses", "check.promised_l0", "check.step_rows",
+           "check.timed_steps", "check.fuses", "check.expected", "check.warnings_of", "check.tried",
+           "adapt.ready", "cli.main")
+PARSED = ("cli.parse_saes", "cli.parse_layers")
+COMMANDS = ("adapt.run_adapt", "adapt.report", "adapt.held_out", "adapt.free_folder",
+            "adapt.short_check", "adapt.write_report", "check.lines", "check.duration", *CHECKED)
 SPECS = {"topk": [("topk", 1)], "jumprelu": [("jumprelu", 1)], "two": [("topk", 1), ("topk", 2)]}
 
 
-@covers(*COMMANDS, "cli.evaluate", "lora.attach_adapter", each=[(s,) for s in SPECS])
+@covers("cli.adapt", *COMMANDS, *PARSED, "cli.evaluate", "lora.attach_adapter", each=[(s,) for s in SPECS])
 def adapt_and_evaluate(device, dtype, specs):
     folder = fresh()
     options = adapt_options(*(sae_folder(*s) for s in SPECS[specs]))
@@ -671,14 +683,21 @@ def adapt_and_evaluate(device, dtype, specs):
     return dict(made=made, measured=measured)
 
 
-@covers(*COMMANDS)
+@covers("cli.adapt", *COMMANDS, *PARSED)
 def adapt_as_published(device, dtype):
     options = [*adapt_options(sae_folder()), "--recipe", "published"]
     made = command(device, dtype, "adapt", "--out", fresh() / "run", *options)
     return dict(base=made["ce"]["base"], spliced=made["ce"]["spliced"])  # dropout is the device's
 
 
-@covers("cli.train_sae", "cli.measure_sae")
+@covers("cli.check", *CHECKED, *PARSED)
+def check_alone(device, dtype):
+    return command(device, dtype, "check", "--sae", sae_folder(), "--model", model_folder(),
+                   "--text", text_file(), "--length", 16, "--rank", 2, "--tokens", 160)
+
+
+@covers("cli.train_sae", "adapt.run_train_sae", "adapt.measure_sae", "adapt.sae_card",
+        "adapt.free_folder", "adapt.write_report")
 def train_sae(device, dtype):
     return command(device, dtype, "train-sae", "--out", fresh() / "sae", "--model", model_folder(),
                    "--text", text_file(), "--layer", 1, "--width", 64, "--k", 8, "--tokens", 1024,
@@ -696,16 +715,20 @@ def small_demo():
         yield
 
 
-@covers("cli.demo", "cli.passages", "cli.show", "cli.sentence", *COMMANDS)
+@covers("cli.demo", "cli.passage", "cli.show", "adapt.stretches", "adapt.sentence", "adapt.budget",
+        "check.tokens_in", *COMMANDS)
 def demo(device, dtype):
     folder = fresh()
     with small_demo():
         report = command(device, dtype, "demo", "--out", folder / "run", "--tokens", 1024)
+        assert adapt.budget(dict(step_seconds=1.0, step_tokens=32, evaluate_seconds_per_token=0.0),
+                            600, 256) == 36_000 * 32
         from rich.console import Console
         said = StringIO()
         cli.show(report, Console(file=said))
         lm, tok, saes = adapted(device, dtype)
-        cli.passages(lm, tok, saes, blocks().valid, Console(file=said), width=5)
+        for stretch in adapt.stretches(lm, saes, blocks().valid, width=5):
+            cli.passage(tok, Console(file=said), **stretch)
     assert "wins back" in said.getvalue() and "adapted" in said.getvalue()
     return report
 
