@@ -7,7 +7,7 @@ __all__ = ['EMBEDDED_TEXTS', 'CHECKED', 'SPARE', 'SAE_CARD', 'SAE_MEASURED', 'he
            'ready', 'budget', 'short_check', 'write_report', 'run_adapt', 'stretches', 'sae_card', 'measure_sae',
            'run_train_sae']
 
-# %% ../nbs/10b_adapt.ipynb #db1b5009
+# %% ../nbs/10b_adapt.ipynb #aac72a20
 import json
 from importlib.metadata import version
 from pathlib import Path
@@ -21,13 +21,13 @@ from .files import UsageError, written
 from .lm import device_of, layers as blocks_of, leads, load_lm, processes
 from .lora import add_lora, save_adapter, won_back
 from .metrics import fidelity, sparsity, token_losses
-from .sae import fingerprint, load_sae, save_sae
+from .sae import fingerprint, hook_name, load_sae, save_sae, site
 from .splice import check_fit, check_saes
 from .states import harvest
 from .text import Blocks, model_inputs, token_blocks
 from .train import ADAPTER, fit_lora, fit_sae
 
-# %% ../nbs/10b_adapt.ipynb #8090beeb
+# %% ../nbs/10b_adapt.ipynb #5c7ebe73
 EMBEDDED_TEXTS = ("default", "broad", "docs", "prose")
 
 def held_out(text: str | None, trained_on: str, tok, length: int, tokens: int) -> Blocks:
@@ -38,7 +38,7 @@ def held_out(text: str | None, trained_on: str, tok, length: int, tokens: int) -
     share = 0.05 if text in (*EMBEDDED_TEXTS, trained_on) else 1.0
     return token_blocks(text, tok, length, 0, tokens, share=share)
 
-# %% ../nbs/10b_adapt.ipynb #f6d04f86
+# %% ../nbs/10b_adapt.ipynb #375e88ba
 _PACKAGES = ("sae_lora", "torch", "transformers", "peft", "sae_lens")
 
 def _of_sae(lm, sae, layer, blocks: Blocks, keep: str) -> dict:
@@ -51,7 +51,7 @@ def _means(own: list[dict]) -> dict:
     "Means over SAEs."
     return {name: sum(s[name] for s in own) / len(own) for name in ("l0", "fvu")}
 
-# %% ../nbs/10b_adapt.ipynb #4a34740a
+# %% ../nbs/10b_adapt.ipynb #8bbabb97
 def report(lm, saes: dict, blocks: Blocks, keep: str = "special", **about) -> dict:
     "Measure the four models and the SAEs on the validation rows of `blocks`; `about` is passed on."
     device, r = device_of(lm), fidelity(lm, saes, blocks.valid, keep)
@@ -62,7 +62,7 @@ def report(lm, saes: dict, blocks: Blocks, keep: str = "special", **about) -> di
                    versions={p: version(p) for p in _PACKAGES})
     return what | about | dict(valid_tokens=r.pop("tokens")) | r | _means(own) | machine
 
-# %% ../nbs/10b_adapt.ipynb #50b1861d
+# %% ../nbs/10b_adapt.ipynb #51f029b9
 def sentence(r: dict) -> str:
     "What happened, in one sentence: what the splice costs, and what the adapter wins back of it."
     where = ", ".join(str(s["layer"]) for s in r["saes"])
@@ -73,7 +73,7 @@ def sentence(r: dict) -> str:
     text = f"{r['valid_tokens']:,} held-out tokens of {r['text']} text"
     return f"Splicing {what} of {r['model']} costs {costs} on {text}; {won_back(r)}."
 
-# %% ../nbs/10b_adapt.ipynb #5347f869
+# %% ../nbs/10b_adapt.ipynb #73ee3410
 def free_folder(out: Path, resume: bool | None = None):
     """Raise `UsageError` where `out` is a file, or holds anything that is not to be resumed.
 
@@ -85,7 +85,7 @@ def free_folder(out: Path, resume: bool | None = None):
     more = "" if resume is None else ", or --resume the run it holds"
     raise UsageError(f"{out} is not empty; choose another --out{more}")
 
-# %% ../nbs/10b_adapt.ipynb #3e2c3051
+# %% ../nbs/10b_adapt.ipynb #e1179257
 def ready(model="smollm2-135m", saes: dict | None = None, text="broad", length: int = 256,
           valid_tokens: int = 16_384, valid_text=None, device=None, spread: bool = False) -> tuple:
     """Model, tokenizer, SAEs (the embedded one by default) and rows to measure on, as `Blocks`.
@@ -95,12 +95,13 @@ def ready(model="smollm2-135m", saes: dict | None = None, text="broad", length: 
     if spread and device:
         raise UsageError("--shard puts the model on a device for each process; leave --device out")
     lm, tok = load_lm(model, device=device, spread=spread)
-    saes = check_saes(lm, saes or {14: load_sae("default")})
+    embedded = load_sae("default") if not saes else None
+    saes = check_saes(lm, saes or {site(hook_name(embedded)): embedded})
     blocks = held_out(valid_text, text, tok, length, valid_tokens)
     check_fit(lm, saes, model_inputs(blocks.valid[:4]))
     return lm, tok, saes, blocks
 
-# %% ../nbs/10b_adapt.ipynb #ef9302da
+# %% ../nbs/10b_adapt.ipynb #c9b02364
 CHECKED = 1024  # tokens that the short check looks at
 SPARE = 60.0  # seconds that measuring may take before it shortens the training
 
@@ -114,7 +115,7 @@ def _kept_tokens(state: Path) -> int | None:
     if not state.exists(): return None
     with safe_open(state, "pt") as f: return json.loads(f.metadata()["run"])["tokens"]
 
-# %% ../nbs/10b_adapt.ipynb #7d685fee
+# %% ../nbs/10b_adapt.ipynb #65c5433a
 def short_check(lm, tok, saes: dict, blocks: Blocks, adapter: dict, training: dict,
                 tokens: int | None = None, minutes: float = 3) -> dict:
     """What `preflight` finds on a thousand tokens, what the budget takes, and the warnings.
@@ -126,7 +127,7 @@ def short_check(lm, tok, saes: dict, blocks: Blocks, adapter: dict, training: di
     found |= expected(found, tokens, valid.numel(), fuses(lm, tokens, training))
     return found | dict(asked_tokens=tokens, warnings=warnings_of(found))
 
-# %% ../nbs/10b_adapt.ipynb #ceb1a0d5
+# %% ../nbs/10b_adapt.ipynb #dbeef759
 def write_report(folder: Path, name: str, r: dict):
     "Write a report to the file `name` in `folder` as JSON, whole or not at all."
     with written(folder / name) as part: part.write_text(json.dumps(r, indent=1) + "\n")
@@ -147,7 +148,7 @@ def _save(out: Path, lm, saes: dict, curve: list[dict], r: dict):
     write_report(out, "report.json", r)
     (out / "state.safetensors").unlink()
 
-# %% ../nbs/10b_adapt.ipynb #35cb6ac0
+# %% ../nbs/10b_adapt.ipynb #2fff0f9c
 def run_adapt(out, saes: dict | None = None, model="smollm2-135m", text="broad", *, valid_text=None,
               cut=0.8, length=256, tokens: int | None = 393_216, minutes: float = 3,
               valid_tokens=16_384, rank=64, layers="after", recipe="fast", keep="special", seed=0,
@@ -186,7 +187,7 @@ def run_adapt(out, saes: dict | None = None, model="smollm2-135m", text="broad",
     _save(out, lm, saes, curve, r)
     return lm, tok, saes, blocks, r
 
-# %% ../nbs/10b_adapt.ipynb #2e439620
+# %% ../nbs/10b_adapt.ipynb #a941f408
 def stretches(lm, saes: dict, rows: Tensor, n: int = 3, width: int = 48) -> list[dict]:
     """The `n` stretches of `rows` whose loss the adapter lowered most.
 
@@ -222,7 +223,7 @@ library_name: saelens
     sae = SAE.load_from_disk("this/folder")
 """
 
-# %% ../nbs/10b_adapt.ipynb #9dfc2885
+# %% ../nbs/10b_adapt.ipynb #16408163
 SAE_MEASURED = (
     "On {valid_tokens:,} held-out tokens of `{text}` text: L0 {l0:.1f}, FVU {fvu:.4f} (stray "
     "attention sinks, {stray} positions, left out), {dead:.2%} dead latents. Spliced in, on the "
@@ -242,7 +243,7 @@ def measure_sae(lm, sae, layer: int, rows: Tensor) -> dict:
     few, own = rows[:max(len(rows) // 8, 1)], sparsity(lm, sae, layer, rows)
     return fidelity(lm, {layer: sae}, few) | own | dict(valid_tokens=rows.numel())
 
-# %% ../nbs/10b_adapt.ipynb #6ddf071a
+# %% ../nbs/10b_adapt.ipynb #7f6932b1
 def run_train_sae(out, model="smollm2-135m", text="default", *, layer=14, width=4608, k=32,
                   tokens=3 * 2**21, text_tokens=2**23, lr=2e-3, batch=1024, valid_tokens=98_304,
                   half=False, device=None, seed=0) -> dict:
