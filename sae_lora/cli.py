@@ -9,6 +9,10 @@ __all__ = ['MODELS', 'app', 'Json', 'Seed', 'Model', 'Source', 'Out', 'Tokens', 
            'main']
 
 # %% ../nbs/11_cli.ipynb #dbe02b93
+from .files import UsageError, patient_threads
+
+patient_threads()  # before torch is loaded
+
 import json, math, sys
 from pathlib import Path
 from typing import Annotated, Optional
@@ -23,11 +27,10 @@ from .adapt import (held_out, read_report, ready, report, run_adapt, run_train_s
                             sae_card, sentence, stretches, write_report)
 from .check import duration, expected, fuses, lines, preflight, warnings_of
 from .experiments import build_site, experiments, run_experiment, settings
-from .files import UsageError
-from .lm import load_lm
+from .lm import load_lm, processes
 from .lora import attach_adapter, no_share
 from .sae import hook_name, load_sae, site
-from .train import ADAPTER
+from .train import ADAPTER, auto_batch
 
 # %% ../nbs/11_cli.ipynb #f7ab3b08
 def parse_saes(specs: list[str]) -> dict:
@@ -59,12 +62,18 @@ def parse_layers(given: str):
         raise UsageError(told) from None
     return layers
 
-def parse_batch(given: str | None):
-    "Rows a step as a number, `auto` as it is. Raises `UsageError` for anything else."
-    if given is None or given == "auto": return given
+def parse_batch(given: str | None, tokens: int, length: int, recipe: str = "fast") -> dict:
+    """The settings that rows a step, given as a number or `auto`, stand for; none for `None`.
+
+    Raises `UsageError` for anything else."""
+    if given is None: return {}
+    if given == "auto":
+        if recipe != "fast":
+            raise UsageError(f"--batch auto is for recipe fast, not {recipe}; give a number")
+        return auto_batch(tokens, length, processes().num_processes if processes() else 1)
     if not (given.isascii() and given.isdigit() and int(given)):
         raise UsageError(f"batch {given!r}; give auto, or a whole number, 1 or more")
-    return int(given)
+    return {"batch": int(given)}
 
 # %% ../nbs/11_cli.ipynb #73ebeee2
 MODELS = (("base", "out", "off"), ("spliced", "in", "off"), ("adapted", "in", "on"),
@@ -134,8 +143,7 @@ def check(model: Model = "smollm2-135m", sae: Saes = ["default"], text: Source =
           as_json: Json = False):
     "What adapt will meet: the text, how rows begin, the gap, what the SAEs do, time and memory."
     adapter = dict(rank=rank, layers=parse_layers(layers), **ADAPTER.get(recipe, {}))
-    training = dict(recipe=recipe, keep=keep)
-    if batch: training["batch"] = parse_batch(batch)
+    training = dict(recipe=recipe, keep=keep) | parse_batch(batch, tokens, length, recipe)
     lm, tok, saes, blocks = ready(model, parse_saes(sae), text, length, 3072, device=device)
     found = preflight(lm, tok, saes, blocks.valid, adapter, training, steps=6)
     found |= expected(found, tokens, valid_tokens, fuses(lm, tokens, training))
@@ -161,7 +169,8 @@ def adapt(out: Out, model: Model = "smollm2-135m", sae: Saes = ["default"], text
                                "of torchrun or accelerate launch.", "--shard") = False,
           resume: Resume = False, seed: Seed = 0, as_json: Json = False):
     "Splice SAEs into a model, train a LoRA adapter around them, measure, and save the adapter."
-    changes = dict(lr=lr, batch=parse_batch(batch), keep_unspliced=keep_unspliced or None)
+    changes = parse_batch(batch, tokens, length, recipe) | dict(keep_unspliced=keep_unspliced or None)
+    if lr is not None: changes["lr"] = lr
     *_, r = run_adapt(out, parse_saes(sae), model, text, valid_text=valid_text, cut=cut,
                       length=length, tokens=tokens, valid_tokens=valid_tokens, rank=rank,
                       layers=parse_layers(layers), recipe=recipe, keep=keep, seed=seed,

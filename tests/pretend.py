@@ -1,9 +1,9 @@
 """A pretend accelerator, for tests of device placement where there is none.
 
-Its tensors hold real numbers in ordinary memory, and every operation on them is the CPU's. What makes
-it a device is what it refuses: operations on tensors of two devices, as a GPU does. A package that
-puts anything in the wrong place fails here as it would there, and what passes gives numbers that can
-be compared with the CPU's.
+Its tensors hold real numbers in ordinary memory, and every operation on them is the CPU's. What
+makes it a device is what it refuses: operations on tensors of two devices, as a GPU does. A package
+that puts anything in the wrong place fails here as it would there, and what passes gives numbers
+that can be compared with the CPU's.
 
     import pretend
     pretend.install()
@@ -44,11 +44,6 @@ def _relabelled(t: Tensor, kind: int) -> Tensor:
     device = ctypes.c_int64.from_address(_pointer(capsule, b"dltensor") + 8)
     device.value = kind  # in the first four bytes; the last four are the index, 0
     return torch._C._from_dlpack(capsule)
-
-
-def is_ours(t) -> bool:
-    "Whether something is a tensor on the pretend device."
-    return isinstance(t, Tensor) and t.device.type == NAME
 
 
 def on_cpu(t: Tensor) -> Tensor:
@@ -207,8 +202,8 @@ KERNELS = {"empty.memory_format": _empty, "empty_strided": _empty_strided, "resi
 
 # Automatic mixed precision: PyTorch's own lists for CUDA, as far as language models need them.
 
-LOWER = ("mm addmm bmm baddbmm addbmm mv addmv matmul linear einsum chain_matmul convolution conv1d "
-         "conv2d prelu scaled_dot_product_attention").split()
+LOWER = ("mm addmm bmm baddbmm addbmm mv addmv matmul linear einsum chain_matmul convolution "
+         "conv1d conv2d prelu scaled_dot_product_attention").split()
 FLOAT32 = ("exp expm1 log log10 log2 log1p reciprocal rsqrt softplus layer_norm native_layer_norm "
            "group_norm cosine_similarity nll_loss nll_loss_nd kl_div mse_loss l1_loss "
            "smooth_l1_loss huber_loss logsumexp dist cdist softmax.int log_softmax.int cumsum "
@@ -363,6 +358,6 @@ def install(float64: bool = True) -> str:
     for name, kernel in KERNELS.items():
         aten.impl(name, kernel, "PrivateUse1")
     _register_autocast(everything, aten)
-    # A module that moves keeps its parameters' identity, as it does on CUDA: tied weights stay tied.
+    # A module that moves keeps its parameters' identity, as on CUDA: tied weights stay tied.
     torch.__future__.set_swap_module_params_on_conversion(True)
     return NAME

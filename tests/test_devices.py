@@ -1,30 +1,28 @@
 """The package on a device: everything goes where the model is, and the numbers are the CPU's.
 
-The device is a pretend one, in a process of its own (`pretend.py`); what is run on it are the entries
-of `device_entries.py`, each of them once in float32 and once with a model in bfloat16. In float32 the
-device has no float64, like Apple's.
+The device is a pretend one, in a process of its own (`pretend.py`); what is run on it are the
+entries of `device_entries.py`, each of them once in float32, where the device has no float64, like
+Apple's, and once with a model in bfloat16.
 """
 import json
 import os
 import subprocess
 import sys
-import time
-import traceback
 from pathlib import Path
 
 import pretend
 import pytest
 import torch
-from device_entries import ENTRIES, compared, conditions, not_finite, public, recorded
-from device_entries import ProductsOnCPU
+from device_entries import ENTRIES, judged, not_finite, public, recorded, tried
 
 from sae_lora import cli
 
 MODES = ("float32", "bfloat16")
-TOLERANCE = 1e-5  # relative to the largest number of a result: attention adds in another order
+TOLERANCE = 1e-5  # of the size of a result: the device's attention adds in another order
 
 # What no entry tries, because it touches no tensor, or none on a device.
 NO_TENSORS = {
+    "embedded.*": "files; its models are loaded as any other",
     "files.*": "paths and files",
     "plots.*": "tables in, figures out",
     "results.*": "rows of numbers in a file",
@@ -33,7 +31,10 @@ NO_TENSORS = {
     "text.for_validation": "text",
     "text.passages": "text",
     "saebench.labelled": "text",
-    "embedded.*": "files; its models are loaded as any other",
+    "adapt.budget": "arithmetic",
+    "check.tokens_in": "arithmetic",
+    "loss.bf16_pays": "asks the hardware",
+    "loss.can_compile": "makes a kernel, in test_training and test_gpu",
     "lm.default_device": "a name, in test_lm",
     "lm.processes": "several processes, in test_training",
     "lm.leads": "several processes, in test_training",
@@ -41,9 +42,6 @@ NO_TENSORS = {
     "lm.sharded": "several processes, in test_training",
     "lora.push_to_hub": "files",
     "cli.parse_parameters": "text",
-    "cli.parse_batch": "text",
-    "lora.no_share": "numbers in, text out",
-    "lora.won_back": "numbers in, text out",
     "cli.run": "runs a notebook",
     "cli.build": "builds the site",
     "experiments.project": "paths and files",
@@ -60,45 +58,10 @@ NO_TENSORS = {
     "experiments.stage_site": "builds the site",
     "experiments.build_site": "builds the site",
 }
-# Entries in which matrices are multiplied on the CPU, rightly.
-ON_CPU = {
-    "probes": "points and latents of texts are on the CPU, where scikit-learn needs them",
-}
-
-
-def tried(name: str, device, dtype) -> dict:
-    "What came of one entry: its result, or the error; and products of matrices on the CPU."
-    began, products = time.process_time(), ProductsOnCPU()
-    try:
-        with conditions(mixed=dtype == torch.bfloat16), products:
-            result = ENTRIES[name].run(device, dtype)
-        found = dict(result=result, error=None)
-    except (Exception, SystemExit) as e:
-        where = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(e.__traceback__)
-                 if Path(f.filename).parent.name in ("sae_lora", "tests")
-                 and Path(f.filename).name not in ("pretend.py", Path(__file__).name)]
-        error = f"{type(e).__name__}: {str(e)[:600]} ({' > '.join(where[-4:])})"
-        found = dict(result=None, error=error)
-    return found | dict(products=sorted(products.where), seconds=time.process_time() - began)
-
-
-def judged(name: str, here: dict, there: dict) -> dict:
-    "What came of an entry on the device, and how far its numbers are from the CPU's."
-    about = {k: there[k] for k in ("error", "products", "seconds")} | dict(cpu=here["seconds"])
-    if here["error"]:
-        return about | dict(error=f"on the CPU: {here['error']}")
-    if there["error"]:
-        return about
-    try:
-        apart, path = compared(here["result"], there["result"])
-    except AssertionError as e:
-        return about | dict(error=str(e)[:600])
-    return about | dict(apart=apart, path=path)
 
 
 def main(mode: str, names: list[str]):
     "Run entries on the pretend device; a line of JSON for each."
-    os.environ["HF_HUB_OFFLINE"] = "1"
     torch.set_num_threads(1)
     pretend.install(float64=mode != "float32")
     for name in names:
@@ -106,7 +69,7 @@ def main(mode: str, names: list[str]):
         if mode == "float32":
             with recorded(seen):
                 here = tried(name, "cpu", torch.float32)
-            found = judged(name, here, tried(name, pretend.NAME, torch.float32))
+            found = judged(here, tried(name, pretend.NAME, torch.float32))
         else:
             found = tried(name, pretend.NAME, torch.bfloat16)
             found["not_finite"] = not_finite(found.pop("result"))
@@ -115,8 +78,9 @@ def main(mode: str, names: list[str]):
 
 def start(mode: str, names: list[str], output):
     "A process that runs entries; it has one thread, for two of them run at a time."
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.Popen([sys.executable, __file__, mode, *names], stdout=output,
-                            stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                            stderr=subprocess.STDOUT, env=os.environ | own)
 
 
 @pytest.fixture(scope="session")
@@ -141,16 +105,23 @@ def found(request, tmp_path_factory) -> dict:
     return {(name, mode): result for name, mode, result in results}
 
 
+def of(found: dict, entry: str, mode: str) -> dict:
+    "What came of an entry; the test is skipped where a package that it needs is not there."
+    for package in ENTRIES[entry].needs:
+        pytest.importorskip(package)
+    return found[entry, mode]
+
+
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_numbers_on_a_device_are_the_cpus(found, entry):
-    result = found[entry, "float32"]
+    result = of(found, entry, "float32")
     assert not result["error"], result["error"]
     assert result["apart"] < TOLERANCE, f"{result['path']} is off by {result['apart']:.1e}"
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_model_in_bfloat16_on_a_device(found, entry):
-    result = found[entry, "bfloat16"]
+    result = of(found, entry, "bfloat16")
     assert not result["error"], result["error"]
     assert not result["not_finite"]
 
@@ -158,17 +129,21 @@ def test_a_model_in_bfloat16_on_a_device(found, entry):
 @pytest.mark.parametrize("entry", ENTRIES)
 def test_a_device_does_the_work(found, entry):
     "Nothing is trained or measured on the CPU in silence."
-    if entry.split("-")[0] not in ON_CPU:
-        assert not found[entry, "float32"]["products"] + found[entry, "bfloat16"]["products"]
+    for mode in MODES:
+        assert not of(found, entry, mode)["products"], "matrices are multiplied on the CPU"
 
 
 def test_entries_try_what_they_say(found):
     commands = {f"cli.{c.callback.__name__}" for c in cli.app.registered_commands}
     functions = {n for n, f in public().items() if not isinstance(f, type)} - commands
+    called = {}
+    for name in (n for n, mode in found if mode == "float32"):
+        result = found[name, "float32"]
+        about = called.setdefault(name.split("-")[0], set())  # some of several variants is enough
+        about |= set(ENTRIES[name].covers if result["error"] else result["called"])
     for name, entry in ENTRIES.items():
-        if (name, "float32") in found and not found[name, "float32"]["error"]:
-            silent = functions & set(entry.covers) - set(found[name, "float32"]["called"])
-            assert not silent, f"{name} does not call {', '.join(sorted(silent))}"
+        silent = functions & set(entry.covers) - called.get(name.split("-")[0], functions)
+        assert not silent, f"{name} does not call {', '.join(sorted(silent))}"
 
 
 def test_every_public_function_is_tried_on_a_device():
@@ -177,6 +152,54 @@ def test_every_public_function_is_tried_on_a_device():
     assert not unknown, f"not there: {', '.join(sorted(unknown))}"
     left = {n for n in public() if n not in NO_TENSORS and f"{n.split('.')[0]}.*" not in NO_TENSORS}
     assert not left - covered, f"tried on no device: {', '.join(sorted(left - covered))}"
+
+
+# The device itself: what a GPU refuses and allows, so does it.
+
+REFUSED = """
+x + torch.ones(3); torch.ones(3) + x; torch.ones(3) * x[0]
+x.add_(torch.ones(3)); torch.ones(3).add_(x)
+x @ torch.ones(3); torch.cat([x, torch.ones(3)]); torch.where(torch.ones(3) > 0, x, x)
+nn.functional.linear(x, torch.ones(2, 3)); x.index_select(0, torch.tensor([0]))
+x[i] + torch.ones(1); torch.ones(3)[i.to(d)]
+nn.functional.embedding(torch.tensor([1]), x.view(3, 1))
+x.masked_fill(torch.ones(3) > 0, 0); x.normal_(generator=torch.Generator()); x.numpy()
+torch.isin(i.to(d), i); x.gather(0, i); x.index_fill(0, i, 0); x.scatter(0, i, 1.0)
+x.index_copy(0, i, x); torch.searchsorted(i.to(d), i)
+torch.rand(2, device=d, generator=torch.Generator()); nn.Linear(3, 1)(x); x.double()
+"""
+ALLOWED = """
+x + 1; x * torch.tensor(2.0); torch.tensor(2.0) * x; x[i]; x[i > 0]; x.where(x > 1, 0.0); x.cpu()
+torch.ones(3).to(d) + x; x.copy_(torch.ones(3)); torch.ones(3).copy_(x); x.tolist(); x.to(torch.int)
+x.view(3, 1)[1:].T[0] + 1; torch.stack([x, x]).sum(0); x.topk(2); x.sort(); nn.Linear(3, 1).to(d)(x)
+torch.rand(2, device=d); torch.tensor([1.0], device=d) + x; x.cumsum(0); nn.functional.dropout(x)
+"""
+PROBE = """
+import json, sys, torch
+from torch import nn
+import pretend
+d, i = pretend.install(float64=False), torch.tensor([0, 1, 2])
+refused = {}
+for code in json.loads(sys.argv[1]):
+    x = torch.arange(3.0, device=d)
+    try: exec(code)
+    except (RuntimeError, TypeError) as e: refused[code] = str(e)
+print(json.dumps(refused))
+"""
+
+
+def statements(lines: str) -> list[str]:
+    return [s.strip() for s in lines.replace("\n", ";").split(";") if s.strip()]
+
+
+@pytest.mark.skipif(bool(pretend.missing()), reason=str(pretend.missing()))
+def test_the_device_refuses_what_a_gpu_refuses():
+    codes = json.dumps(statements(REFUSED) + statements(ALLOWED))
+    done = subprocess.run([sys.executable, "-c", PROBE, codes], capture_output=True, text=True,
+                          cwd=Path(__file__).parent, timeout=120)
+    assert done.returncode == 0, done.stderr
+    refused = json.loads(done.stdout)
+    assert list(refused) == statements(REFUSED), refused
 
 
 if __name__ == "__main__":
