@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_TEXTS', 'CHECKED', 'SPARE', 'SAE_CARD', 'SAE_MEASURED', 'held_out', 'report', 'sentence', 'free_folder',
-           'ready', 'budget', 'short_check', 'write_report', 'run_adapt', 'stretches', 'sae_card', 'measure_sae',
-           'run_train_sae']
+           'ready', 'budget', 'short_check', 'write_report', 'read_report', 'run_adapt', 'stretches', 'sae_card',
+           'measure_sae', 'run_train_sae']
 
-# %% ../nbs/10b_adapt.ipynb #aac72a20
-import json
+# %% ../nbs/10b_adapt.ipynb #ded51370
+import json, tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from .states import harvest
 from .text import Blocks, model_inputs, token_blocks
 from .train import ADAPTER, fit_lora, fit_sae
 
-# %% ../nbs/10b_adapt.ipynb #5c7ebe73
+# %% ../nbs/10b_adapt.ipynb #d0552bae
 EMBEDDED_TEXTS = ("default", "broad", "docs", "prose")
 
 def held_out(text: str | None, trained_on: str, tok, length: int, tokens: int) -> Blocks:
@@ -38,7 +38,7 @@ def held_out(text: str | None, trained_on: str, tok, length: int, tokens: int) -
     share = 0.05 if text in (*EMBEDDED_TEXTS, trained_on) else 1.0
     return token_blocks(text, tok, length, 0, tokens, share=share)
 
-# %% ../nbs/10b_adapt.ipynb #375e88ba
+# %% ../nbs/10b_adapt.ipynb #a26a7658
 _PACKAGES = ("sae_lora", "torch", "transformers", "peft", "sae_lens")
 
 def _of_sae(lm, sae, layer, blocks: Blocks, keep: str) -> dict:
@@ -51,7 +51,7 @@ def _means(own: list[dict]) -> dict:
     "Means over SAEs."
     return {name: sum(s[name] for s in own) / len(own) for name in ("l0", "fvu")}
 
-# %% ../nbs/10b_adapt.ipynb #8bbabb97
+# %% ../nbs/10b_adapt.ipynb #d9f77a85
 def report(lm, saes: dict, blocks: Blocks, keep: str = "special", **about) -> dict:
     "Measure the four models and the SAEs on the validation rows of `blocks`; `about` is passed on."
     device, r = device_of(lm), fidelity(lm, saes, blocks.valid, keep)
@@ -62,7 +62,7 @@ def report(lm, saes: dict, blocks: Blocks, keep: str = "special", **about) -> di
                    versions={p: version(p) for p in _PACKAGES})
     return what | about | dict(valid_tokens=r.pop("tokens")) | r | _means(own) | machine
 
-# %% ../nbs/10b_adapt.ipynb #51f029b9
+# %% ../nbs/10b_adapt.ipynb #91e5e937
 def sentence(r: dict) -> str:
     "What happened, in one sentence: what the splice costs, and what the adapter wins back of it."
     where = ", ".join(str(s["layer"]) for s in r["saes"])
@@ -73,19 +73,32 @@ def sentence(r: dict) -> str:
     text = f"{r['valid_tokens']:,} held-out tokens of {r['text']} text"
     return f"Splicing {what} of {r['model']} costs {costs} on {text}; {won_back(r)}."
 
-# %% ../nbs/10b_adapt.ipynb #73ee3410
+# %% ../nbs/10b_adapt.ipynb #fb25290b
+def _try_writing(out: Path):
+    "Make the folder `out`, write in it, and leave all as it was."
+    missing = [path for path in (out, *out.parents) if not path.exists()]
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=out): pass
+    for path in missing: path.rmdir()
+
 def free_folder(out: Path, resume: bool | None = None):
-    """Raise `UsageError` where `out` is a file, or holds anything that is not to be resumed.
+    """Raise `UsageError` where nothing can be written in `out`, or it holds what is not resumed.
 
     `resume` is `None` for what cannot be resumed."""
-    if out.is_file(): raise UsageError(f"{out} is a file; --out is a folder")
-    if (out / "report.json").exists():
-        raise UsageError(f"{out} holds a finished run; choose another --out")
-    if resume or not out.exists() or not any(out.iterdir()): return
-    more = "" if resume is None else ", or --resume the run it holds"
-    raise UsageError(f"{out} is not empty; choose another --out{more}")
+    try:
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"{out} is a file; --out is a folder")
+        if (out / "report.json").exists():
+            raise UsageError(f"{out} holds a finished run; choose another --out")
+        if not resume and out.exists() and any(out.iterdir()):
+            more = "" if resume is None else ", or --resume the run it holds"
+            raise UsageError(f"{out} is not empty; choose another --out{more}")
+        _try_writing(out)
+    except OSError as e:
+        raise UsageError(f"nothing can be written at {str(out)[:99]} ({e.strerror}); "
+                         "choose another --out") from None
 
-# %% ../nbs/10b_adapt.ipynb #e1179257
+# %% ../nbs/10b_adapt.ipynb #f1ccbb4c
 def ready(model="smollm2-135m", saes: dict | None = None, text="broad", length: int = 256,
           valid_tokens: int = 16_384, valid_text=None, device=None, spread: bool = False) -> tuple:
     """Model, tokenizer, SAEs (the embedded one by default) and rows to measure on, as `Blocks`.
@@ -101,7 +114,7 @@ def ready(model="smollm2-135m", saes: dict | None = None, text="broad", length: 
     check_fit(lm, saes, model_inputs(blocks.valid[:4]))
     return lm, tok, saes, blocks
 
-# %% ../nbs/10b_adapt.ipynb #c9b02364
+# %% ../nbs/10b_adapt.ipynb #32129414
 CHECKED = 1024  # tokens that the short check looks at
 SPARE = 60.0  # seconds that measuring may take before it shortens the training
 
@@ -115,7 +128,7 @@ def _kept_tokens(state: Path) -> int | None:
     if not state.exists(): return None
     with safe_open(state, "pt") as f: return json.loads(f.metadata()["run"])["tokens"]
 
-# %% ../nbs/10b_adapt.ipynb #65c5433a
+# %% ../nbs/10b_adapt.ipynb #6a095821
 def short_check(lm, tok, saes: dict, blocks: Blocks, adapter: dict, training: dict,
                 tokens: int | None = None, minutes: float = 3) -> dict:
     """What `preflight` finds on a thousand tokens, what the budget takes, and the warnings.
@@ -127,11 +140,23 @@ def short_check(lm, tok, saes: dict, blocks: Blocks, adapter: dict, training: di
     found |= expected(found, tokens, valid.numel(), fuses(lm, tokens, training))
     return found | dict(asked_tokens=tokens, warnings=warnings_of(found))
 
-# %% ../nbs/10b_adapt.ipynb #dbeef759
+# %% ../nbs/10b_adapt.ipynb #4395e8d9
 def write_report(folder: Path, name: str, r: dict):
     "Write a report to the file `name` in `folder` as JSON, whole or not at all."
     with written(folder / name) as part: part.write_text(json.dumps(r, indent=1) + "\n")
 
+def read_report(folder: Path) -> dict:
+    "The report of the run in `folder`. Raises `UsageError` where there is none, or a damaged one."
+    told, file = "give a folder that sae-lora adapt or demo wrote", folder / "report.json"
+    if not file.is_file(): raise UsageError(f"{folder}: no report.json; {told}")
+    try: r = json.loads(file.read_text())
+    except ValueError: raise UsageError(f"{file} is damaged: it is not JSON; {told}") from None
+    for key, kind in dict(model=str, text=str, length=int, keep=str).items():
+        if not isinstance(r, dict) or not isinstance(r.get(key), kind):
+            raise UsageError(f"{file} is damaged: it does not say {key!r}; {told}")
+    return r
+
+# %% ../nbs/10b_adapt.ipynb #25b81fba
 def _picture(folder: Path, curve: list[dict], r: dict):
     "Write the training curve with the four models beside it."
     import matplotlib
@@ -148,7 +173,7 @@ def _save(out: Path, lm, saes: dict, curve: list[dict], r: dict):
     write_report(out, "report.json", r)
     (out / "state.safetensors").unlink()
 
-# %% ../nbs/10b_adapt.ipynb #2fff0f9c
+# %% ../nbs/10b_adapt.ipynb #065ebdf3
 def run_adapt(out, saes: dict | None = None, model="smollm2-135m", text="broad", *, valid_text=None,
               cut=0.8, length=256, tokens: int | None = 393_216, minutes: float = 3,
               valid_tokens=16_384, rank=64, layers="after", recipe="fast", keep="special", seed=0,
@@ -187,7 +212,7 @@ def run_adapt(out, saes: dict | None = None, model="smollm2-135m", text="broad",
     _save(out, lm, saes, curve, r)
     return lm, tok, saes, blocks, r
 
-# %% ../nbs/10b_adapt.ipynb #a941f408
+# %% ../nbs/10b_adapt.ipynb #0ef5a192
 def stretches(lm, saes: dict, rows: Tensor, n: int = 3, width: int = 48) -> list[dict]:
     """The `n` stretches of `rows` whose loss the adapter lowered most.
 
@@ -223,7 +248,7 @@ library_name: saelens
     sae = SAE.load_from_disk("this/folder")
 """
 
-# %% ../nbs/10b_adapt.ipynb #16408163
+# %% ../nbs/10b_adapt.ipynb #568bc27d
 SAE_MEASURED = (
     "On {valid_tokens:,} held-out tokens of `{text}` text: L0 {l0:.1f}, FVU {fvu:.4f} (stray "
     "attention sinks, {stray} positions, left out), {dead:.2%} dead latents. Spliced in, on the "
@@ -243,7 +268,7 @@ def measure_sae(lm, sae, layer: int, rows: Tensor) -> dict:
     few, own = rows[:max(len(rows) // 8, 1)], sparsity(lm, sae, layer, rows)
     return fidelity(lm, {layer: sae}, few) | own | dict(valid_tokens=rows.numel())
 
-# %% ../nbs/10b_adapt.ipynb #7f6932b1
+# %% ../nbs/10b_adapt.ipynb #07a80522
 def run_train_sae(out, model="smollm2-135m", text="default", *, layer=14, width=4608, k=32,
                   tokens=3 * 2**21, text_tokens=2**23, lr=2e-3, batch=1024, valid_tokens=98_304,
                   half=False, device=None, seed=0) -> dict:

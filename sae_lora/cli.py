@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .adapt import (held_out, ready, report, run_adapt, run_train_sae,
+from .adapt import (held_out, read_report, ready, report, run_adapt, run_train_sae,
                             sae_card, sentence, stretches, write_report)
 from .check import duration, expected, fuses, lines, preflight, warnings_of
 from .experiments import build_site, experiments, run_experiment, settings
@@ -74,7 +75,7 @@ def parse_batch(given: str | None, tokens: int, length: int, recipe: str = "fast
         raise UsageError(f"batch {given!r}; give auto, or a whole number, 1 or more")
     return {"batch": int(given)}
 
-# %% ../nbs/11_cli.ipynb #d3cd64c8
+# %% ../nbs/11_cli.ipynb #73ebeee2
 MODELS = (("base", "out", "off"), ("spliced", "in", "off"), ("adapted", "in", "on"),
           ("adapted_unspliced", "out", "on"))
 
@@ -87,7 +88,8 @@ def _closed(r: dict, model: str, share: str) -> str:
 # %% ../nbs/11_cli.ipynb #fac7de3c
 def show(r: dict, console: Console):
     "Print the table of the four models and the sentence."
-    table = Table("model", "SAE", "adapter", "cross-entropy", "closed", "KL from base", "closed")
+    table = Table("model", "SAE", "LoRA", "CE", "closed", "KL", "closed", box=SIMPLE_HEAD,
+                  padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)  # fits in 80 columns
     for name, sae, adapter in MODELS:
         kl = f"{r['kl'][name]:.4f}" if name in r["kl"] else "–"
         table.add_row(name.replace("_", ", "), sae, adapter, f"{r['ce'][name]:.4f}",
@@ -103,7 +105,7 @@ def _option(annotation, help: str, *names: str, **limits):
     "An option of several commands."
     return Annotated[annotation, typer.Option(*names, help=help, **limits)]
 
-# %% ../nbs/11_cli.ipynb #3aab3cfb
+# %% ../nbs/11_cli.ipynb #083df2ad
 Json = _option(bool, "Print the report as JSON, and nothing else, on standard output.", "--json")
 Seed = _option(int, "Seed of the adapter's initial weights, the order of the text, and dropout.")
 Model = _option(str, "smollm2-135m, gemma-3-270m (need no hub), a hub id, a folder, a .gguf file.")
@@ -116,7 +118,7 @@ Saes = _option(list[str], "[LAYER=]SPEC: default, a SAELens or Gemma Scope folde
                           "of the SAELens registry. Repeatable.", "--sae")
 Resume = _option(bool, "Go on with the stopped run in --out.", "--resume")
 
-# %% ../nbs/11_cli.ipynb #ae46cc0e
+# %% ../nbs/11_cli.ipynb #cf49cfa1
 Rank = _option(int, "Rank of the adapter.")
 Layers = _option(str, "Layers that get an adapter: after (the first SAE), all, or 15,16 or 15-20.")
 Length = _option(int, "Tokens a row.", min=2)
@@ -132,7 +134,7 @@ def _tell(found: dict):
     "The lines of a check, on standard error: standard output may be read by a program."
     print(*lines(found), sep="\n", file=sys.stderr)
 
-# %% ../nbs/11_cli.ipynb #35f9b7a7
+# %% ../nbs/11_cli.ipynb #1aa8b8a0
 @app.command()
 def check(model: Model = "smollm2-135m", sae: Saes = ["default"], text: Source = "broad",
           rank: Rank = 64, layers: Layers = "after", tokens: Tokens = 393_216,
@@ -141,8 +143,7 @@ def check(model: Model = "smollm2-135m", sae: Saes = ["default"], text: Source =
           as_json: Json = False):
     "What adapt will meet: the text, how rows begin, the gap, what the SAEs do, time and memory."
     adapter = dict(rank=rank, layers=parse_layers(layers), **ADAPTER.get(recipe, {}))
-    training = dict(recipe=recipe, keep=keep)
-    training |= parse_batch(batch, tokens, length, recipe)
+    training = dict(recipe=recipe, keep=keep) | parse_batch(batch, tokens, length, recipe)
     lm, tok, saes, blocks = ready(model, parse_saes(sae), text, length, 3072, device=device)
     found = preflight(lm, tok, saes, blocks.valid, adapter, training, steps=6)
     found |= expected(found, tokens, valid_tokens, fuses(lm, tokens, training))
@@ -176,7 +177,7 @@ def adapt(out: Out, model: Model = "smollm2-135m", sae: Saes = ["default"], text
                       device=device, spread=shard, resume=resume, told=_tell, **changes)
     _say(r, as_json)
 
-# %% ../nbs/11_cli.ipynb #06a805e7
+# %% ../nbs/11_cli.ipynb #0d442eb8
 SHOWN = 8192  # held-out tokens that the demo measures on
 
 def _promise(found: dict):
@@ -230,9 +231,7 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or
              device: Device = None, as_json: Json = False):
     "Measure a saved adapter again, on any text."
     if out and out.is_dir(): raise UsageError(f"--out {out} is a folder; give the name of a file")
-    if not (folder / "report.json").exists():
-        raise UsageError(f"{folder}: no report.json; give a folder that adapt or demo wrote")
-    was = json.loads((folder / "report.json").read_text())
+    was = read_report(folder)
     lm, tok = load_lm(was["model"], device=device)
     saes = attach_adapter(lm, folder / "adapter")
     blocks = held_out(text, was.get("trained_on", was["text"]), tok, was["length"], valid_tokens)
@@ -251,7 +250,7 @@ def train_sae(out: Out, model: Model = "smollm2-135m", text: Source = "default",
               text_tokens: _option(int, "Different tokens of text to gather hidden states from, "
                                         "at most.", min=1) = 2**23,
               lr: _option(float, "Learning rate.") = 2e-3,
-              batch: _option(int, "Positions a step.") = 1024,
+              batch: _option(int, "Positions a step.", min=1) = 1024,
               valid_tokens: _option(int, "Held-out tokens to measure on; the loss on the first "
                                          "eighth of them.", min=2) = 98_304,
               half: _option(bool, "Round the weights to float16 in the file.", "--half") = False,

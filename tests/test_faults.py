@@ -58,7 +58,7 @@ def test_wrong_arguments(sae_lora, tmp_path, arguments, words):
 
 @pytest.mark.parametrize("command", [["evaluate", "RUN"], ["train-sae", "--out", "RUN/sae"], ["demo", "--out", "RUN/demo"], ["check"]])
 def test_a_device_that_is_not_there(sae_lora, tmp_path, command):
-    (tmp_path / "report.json").write_text('{"model": "smollm2-135m", "text": "default"}')
+    (tmp_path / "report.json").write_text('{"model": "smollm2-135m", "text": "default", "length": 256, "keep": "special"}')
     refused(sae_lora(*(c.replace("RUN", str(tmp_path)) for c in command), "--device", "cuda:99"), "cuda:99", "does not exist")
     assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
 
@@ -67,6 +67,26 @@ def test_a_device_that_is_not_there(sae_lora, tmp_path, command):
 def test_a_demo_takes_some_time(sae_lora, tmp_path, minutes):
     refused(sae_lora("demo", "--out", tmp_path / "demo", "--minutes", minutes), "--minutes", "above 0")
     assert not (tmp_path / "demo").exists()
+
+
+@pytest.mark.parametrize("command", ["train-sae", "adapt", "demo"])
+@pytest.mark.parametrize("where", ["file", "file/sub", "link", "x" * 300, "/proc/nowhere", "/dev/null"])
+def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(sae_lora, tmp_path, command, where):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    refused(sae_lora(command, "--out", tmp_path / where), "--out")
+    assert {p.name for p in tmp_path.iterdir()} == {"file", "link"} and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("content", ["", "{oops", "[]", "{}", '{"model": "smollm2-135m", "text": "default", "length": "long", "keep": "special"}'])
+def test_a_damaged_report_is_named(sae_lora, tmp_path, content):
+    (tmp_path / "report.json").write_text(content)
+    refused(sae_lora("evaluate", tmp_path), "report.json is damaged", "give a folder")
+
+
+def test_a_folder_of_notes_is_not_left_behind(sae_lora, tmp_path):
+    refused(sae_lora("train-sae", "--out", tmp_path / "a" / "b", "--layer", 99), "layer 99")
+    assert not any(tmp_path.iterdir())
 
 
 def test_what_cannot_be_resumed_does_not_advise_it(sae_lora, tmp_path):
