@@ -33,6 +33,7 @@ NO_TENSORS = {
     "saebench.labelled": "text",
     "adapt.budget": "arithmetic",
     "check.tokens_in": "arithmetic",
+    "train.auto_batch": "arithmetic",
     "loss.bf16_pays": "asks the hardware",
     "loss.can_compile": "makes a kernel, in test_training and test_gpu",
     "lm.default_device": "a name, in test_lm",
