@@ -39,6 +39,7 @@ def _remove(path: Path):
     "Remove a file or a folder of our own making, if it is there."
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
+# %% ../nbs/00_files.ipynb #b9d3bc59
 def _check_place(path: Path, marker: str | None):
     "Raise `UsageError` unless something may be written at `path`."
     if not path.is_dir() or not any(path.iterdir()): return
@@ -60,6 +61,7 @@ def _move(temporary: Path, path: Path):
         if path.is_dir(): path.rmdir()  # fails unless it is empty
         os.replace(temporary, path)
 
+# %% ../nbs/00_files.ipynb #923ef718
 @contextmanager
 def written(path, marker: str | None = None):
     """Give a temporary path to write a file or folder at; move it to `path` on success, remove it on failure.

@@ -47,6 +47,7 @@ def _average(loss: Tensor, params: list[nn.Parameter]) -> Tensor:
     for p, mean in zip(params, means): p.grad.copy_(mean.view_as(p))
     return loss[0]
 
+# %% ../nbs/06_loop.ipynb #29cda5a4
 def shared(rows: Tensor) -> Tensor:
     "This process's part of the indices of a batch's rows; all of them where there is but one."
     return rows[processes().process_index::processes().num_processes] if processes() else rows
@@ -59,6 +60,7 @@ def _adamw(params: dict, scales: dict, **settings):
     on_gpu = all(p.device.type == "cuda" for p in params.values())
     return torch.optim.AdamW(groups, fused=True if on_gpu else None, **settings)
 
+# %% ../nbs/06_loop.ipynb #5a3a84de
 def _mean_loss(losses: list[Tensor], stop: int, checkpoint) -> float:
     "The mean of the losses of the steps before `stop`. Raises `UsageError` where one is not a number."
     values = torch.stack(losses).float().tolist()
@@ -112,6 +114,7 @@ def _random_states(params: dict) -> dict[str, Tensor]:
     there = {} if device.type == "cpu" else {"random/device": torch.get_device_module(device).get_rng_state()}
     return {"random": torch.get_rng_state()} | there
 
+# %% ../nbs/06_loop.ipynb #636f6205
 def _set_random_states(states: dict[str, Tensor], params: dict):
     "Put back what `_random_states` gave; that of a device only where the parameters are on one."
     device = next(iter(params.values())).device

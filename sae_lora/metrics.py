@@ -36,6 +36,7 @@ def four_models(lm, saes: dict, batch: dict, keep: str = "special", adapters=(No
             with only(lm, name): run(f"adapted_unspliced{_tag(name)}", f"adapted{_tag(name)}")
     return out
 
+# %% ../nbs/05_metrics.ipynb #d30c22a5
 def _tag(adapter: str | None) -> str: return f"/{adapter}" if adapter else ""
 
 # %% ../nbs/05_metrics.ipynb #c940cfc3
@@ -73,6 +74,7 @@ def _by_row(t: dict, kind: str, adapter: str | None) -> dict[str, Tensor]:
         if name in t[kind]: out[model] = t[kind][name].double().sum(1)
     return out
 
+# %% ../nbs/05_metrics.ipynb #d1862921
 def _shares(ce: dict, kl: dict, count: Tensor) -> dict:
     "The gap and the shares of it that are closed, each a function of how often every row was drawn."
     def mean(by, w): return (w @ by) / (w @ count)
@@ -98,6 +100,7 @@ def fidelities(lm, saes: dict, rows: Tensor, adapters, keep: str = "special", ba
     t = token_losses(lm, saes, rows, keep, batch, adapters)
     return {name: _report(t, name) for name in adapters}
 
+# %% ../nbs/05_metrics.ipynb #cc826450
 def fidelity(lm, saes: dict, rows: Tensor, keep: str = "special", batch: int = 8) -> dict:
     """Loss of the four models on `rows`, in nats per token: `ce`, `kl`, the `gap`, the shares of it that are closed, in
     cross-entropy (`gap_closed`) and in KL (`kl_closed`), and `ci95`, the intervals of the last three.

@@ -50,6 +50,7 @@ def _mapped(path: Path, dtype: torch.dtype, size: int | None = None) -> Tensor:
     "The numbers in a file, or room there for `size` of them, through a memory map."
     return torch.from_file(str(path), shared=True, size=size or path.stat().st_size // dtype.itemsize, dtype=dtype)
 
+# %% ../nbs/05_states.ipynb #39be630b
 def _gathered(chunks, size: int, dtype: torch.dtype, paths: list[Path | None]) -> list[Tensor]:
     "What the iterator `chunks` gives, of equally many numbers for each of the `paths`, flat, at most `size`: mapped from there, in memory where a path is none."
     keep_memory()
