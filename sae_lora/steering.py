@@ -42,7 +42,7 @@ def steer(lm, sae, layer: int, latent: int, alpha: float, keep: str = "none"):
 
 # %% ../nbs/07a_steering.ipynb #4f122eda
 def text_rows(texts: list[str], tok, length: int = 64) -> Tensor:
-    "Rows of token ids `(texts, length)`, one text each after the separator, cut or filled with −1. Raises `UsageError` for an empty text."
+    "Rows of token ids `(texts, length)`, one text each after the `beginning`, cut or filled with −1. Raises `UsageError` for an empty text."
     rows = token_blocks(texts, tok, length, 0, 2**40, pack=False, share=1.0).valid
     if len(rows) != len(texts): raise UsageError(f"{len(texts) - len(rows)} of {len(texts)} texts are empty; leave them out")
     return rows[:, :int((rows >= 0).sum(1).max())]
