@@ -131,8 +131,9 @@ def timed_steps(lm, saes: dict, rows: Tensor, training: dict, steps: int = 4) ->
     "Seconds of each of `steps` training steps on `rows`; the first pays for what comes only once."
     device, batch = device_of(lm), step_rows(training)
     tokens, training = steps * batch * rows.shape[-1], training | dict(batch=batch, fuse=False)
-    apart = [device.index or 0] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=apart): curve = fit_lora(lm, saes, rows, tokens, **training)
+    apart = dict(devices=[])
+    if device.type != "cpu": apart = dict(devices=[device.index or 0], device_type=device.type)
+    with torch.random.fork_rng(**apart): curve = fit_lora(lm, saes, rows, tokens, **training)
     ends = [0.0, *(row["seconds"] for row in curve)]
     return [end - start for start, end in zip(ends, ends[1:])]
 

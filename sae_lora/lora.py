@@ -124,7 +124,7 @@ Rank {rank}, alpha {alpha}; positions left alone by the SAE: {keep} (ids {specia
 from sae_lora.lora import load_adapter
 
 lm, tok, saes, spliced = load_adapter("this/folder or hub id")
-with spliced(): print(tok.decode(lm.generate(**tok("Once", return_tensors="pt"))[0]))
+with spliced(): print(tok.decode(lm.generate(**tok("Once", return_tensors="pt").to(lm.device))[0]))
 ```
 """
 

@@ -25,7 +25,9 @@ def key(parameters: dict) -> str:
 # %% ../nbs/08_results.ipynb #45b11ef7
 def provenance() -> dict:
     "What a row was made with: versions, and the processor or GPU."
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    device = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available(): device = torch.cuda.get_device_name()
+    elif torch.backends.mps.is_available(): device = f"{device}, mps"
     return {p: version(p) for p in ("sae_lora", "torch", "transformers", "peft")} | {"python": platform.python_version(), "device": device}
 
 # %% ../nbs/08_results.ipynb #fbd96f36

@@ -188,7 +188,7 @@ def absorbed(x: Tensor, f: Tensor, D: Tensor, p: Tensor, main: list[int]) -> tup
     a = f * cos
     top = a.argmax(1)
     full = (f[:, main] < 1e-8).all(1) & (cos[top] >= 0.025) & (along >= 0) & (a.gather(1, top[:, None])[:, 0] / along >= 0.4)
-    others = (cos >= 0.1).index_fill(0, torch.tensor(main), False)
+    others = (cos >= 0.1).index_fill(0, torch.tensor(main, device=D.device), False)
     B, M = (a * others).clamp_min(0).topk(min(3, a.shape[1])).values.sum(1), a[:, main].sum(1)
     taken = torch.minimum(B, along - M)
     fraction = torch.where(M <= 0, torch.ones_like(M), (taken / (taken + M)).clamp(0, 1))
