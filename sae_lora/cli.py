@@ -169,7 +169,8 @@ def adapt(out: Out, model: Model = "smollm2-135m", sae: Saes = ["default"], text
                                "of torchrun or accelerate launch.", "--shard") = False,
           resume: Resume = False, seed: Seed = 0, as_json: Json = False):
     "Splice SAEs into a model, train a LoRA adapter around them, measure, and save the adapter."
-    changes = parse_batch(batch, tokens, length, recipe) | dict(keep_unspliced=keep_unspliced or None)
+    changes = parse_batch(batch, tokens, length, recipe)
+    changes["keep_unspliced"] = keep_unspliced or None
     if lr is not None: changes["lr"] = lr
     *_, r = run_adapt(out, parse_saes(sae), model, text, valid_text=valid_text, cut=cut,
                       length=length, tokens=tokens, valid_tokens=valid_tokens, rank=rank,
