@@ -47,6 +47,7 @@ def _of_sae(lm, sae, layer, blocks: Blocks, keep: str) -> dict:
     about = dict(layer=layer, source=sae.cfg.metadata.source, fingerprint=fingerprint(sae))
     return about | {name: own[name] for name in ("l0", "fvu", "dead")}
 
+# %% ../nbs/10b_adapt.ipynb #a12225ea
 def _means(own: list[dict]) -> dict:
     "Means over SAEs."
     return {name: sum(s[name] for s in own) / len(own) for name in ("l0", "fvu")}
@@ -81,6 +82,7 @@ def _try_writing(out: Path):
     with tempfile.TemporaryFile(dir=out): pass
     for path in missing: path.rmdir()
 
+# %% ../nbs/10b_adapt.ipynb #cfdaa1a7
 def free_folder(out: Path, resume: bool | None = None):
     """Raise `UsageError` where nothing can be written in `out`, or it holds what is not resumed.
 
@@ -123,6 +125,7 @@ def budget(found: dict, minutes: float, valid_tokens: int) -> int:
     measuring = 1.4 * valid_tokens * found["evaluate_seconds_per_token"]  # passages to show too
     return tokens_in(found, 60 * minutes - max(measuring - SPARE, 0))
 
+# %% ../nbs/10b_adapt.ipynb #4578728d
 def _kept_tokens(state: Path) -> int | None:
     "The budget of the stopped run whose checkpoint is `state`, where there is one."
     if not state.exists(): return None
@@ -145,6 +148,7 @@ def write_report(folder: Path, name: str, r: dict):
     "Write a report to the file `name` in `folder` as JSON, whole or not at all."
     with written(folder / name) as part: part.write_text(json.dumps(r, indent=1) + "\n")
 
+# %% ../nbs/10b_adapt.ipynb #608995ce
 def read_report(folder: Path) -> dict:
     "The report of the run in `folder`. Raises `UsageError` where there is none, or a damaged one."
     told, file = "give a folder that sae-lora adapt or demo wrote", folder / "report.json"
@@ -166,6 +170,7 @@ def _picture(folder: Path, curve: list[dict], r: dict):
     figure = plot_curve(pd.DataFrame(curve), r["ce"]).figure
     with written(folder / "curve.png") as part: figure.savefig(part, format="png")
 
+# %% ../nbs/10b_adapt.ipynb #db62c459
 def _save(out: Path, lm, saes: dict, curve: list[dict], r: dict):
     "Write the adapter, the picture and the report; the checkpoint has done its work."
     save_adapter(lm, saes, out / "adapter", r["keep"], r)
@@ -255,6 +260,7 @@ SAE_MEASURED = (
     "first eighth of them, it costs {gap:.3f} nats per token (95% interval {low:.3f} to "
     "{high:.3f}; base {base:.3f}), and the KL from the base model is {kl:.3f}.")
 
+# %% ../nbs/10b_adapt.ipynb #c9879bd7
 def sae_card(r: dict) -> str:
     "The card of a trained SAE, from its report; it says so where nothing was measured yet."
     if "ce" not in r: return SAE_CARD.format(**r, measured="Not measured yet.")

@@ -82,6 +82,7 @@ def beginning_losses(lm, tok, rows: Tensor) -> dict[str, float]:
 # %% ../nbs/10a_check.ipynb #c3c40556
 _PROMISED = ("l0", "average_l0", "expected_l0", "expected_average_l0", "k")
 
+# %% ../nbs/10a_check.ipynb #8974fc9a
 def _registered(source: str) -> tuple[float | None, str]:
     "L0 and path of an SAE that came from SAELens's registry, from its `release:id`."
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
@@ -127,6 +128,7 @@ def step_rows(training: dict) -> int:
     batch = training.get("batch", own)
     return batch if isinstance(batch, int) else own
 
+# %% ../nbs/10a_check.ipynb #7e274cba
 def timed_steps(lm, saes: dict, rows: Tensor, training: dict, steps: int = 4) -> list[float]:
     "Seconds of each of `steps` training steps on `rows`; the first pays for what comes only once."
     device, batch = device_of(lm), step_rows(training)
@@ -143,6 +145,7 @@ def _clocked(function, *args) -> tuple:
     began = time.perf_counter()
     return function(*args), time.perf_counter() - began
 
+# %% ../nbs/10a_check.ipynb #cef87932
 def _seen(lm, saes: dict, rows: Tensor, keep: str) -> list[dict]:
     "What each SAE does on `rows`, beside what its file promises."
     found = []
@@ -208,6 +211,7 @@ def expected(found: dict, tokens: int, valid_tokens: int = 16_384, fused: bool =
                 memory_bytes=found["peak_memory_bytes"] + here,
                 device_memory_bytes=memory_of(device))
 
+# %% ../nbs/10a_check.ipynb #e59a7e37
 def tokens_in(found: dict, seconds: float, least: int = 2**13) -> int:
     "The tokens of the whole steps that take so many `seconds`; `least` where they are fewer."
     steps = max(int(seconds / found["step_seconds"]), math.ceil(least / found["step_tokens"]))
@@ -242,6 +246,7 @@ def _of_sae(s: dict) -> list[str]:
         said.append(f"{at} leaves {100 * s['fvu']:.0f} % of the variance unexplained")
     return said
 
+# %% ../nbs/10a_check.ipynb #fea0d7b2
 def warnings_of(p: dict) -> list[str]:
     "What is worth a warning in what `preflight` and, where it is in `p`, `expected` gave."
     said = _of_text(p) + [line for s in p["saes"] for line in _of_sae(s)]
@@ -258,6 +263,7 @@ def duration(seconds: float) -> str:
     if seconds < 90 * 60: return f"{seconds / 60:.2g} minutes"
     return f"{seconds / 3600:.2g} hours"
 
+# %% ../nbs/10a_check.ipynb #cfd3483b
 def _budget(p: dict) -> str:
     "What the budget takes, in words."
     train, measure = duration(p["train_seconds"]), duration(p["evaluate_seconds"])
@@ -272,6 +278,7 @@ def _of_each(s: dict) -> tuple[str, str]:
     unexplained = f"{100 * s['fvu']:.0f} % of the variance unexplained"
     return f"SAE at {s['layer']}", f"L0 {s['l0']:.0f}{promised}; {unexplained}"
 
+# %% ../nbs/10a_check.ipynb #585ca652
 def lines(p: dict) -> list[str]:
     "What `preflight` and `expected` gave, and the warnings, line by line."
     low, high = p["ci95"]["gap"]

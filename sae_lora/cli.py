@@ -62,6 +62,7 @@ def parse_layers(given: str):
         raise UsageError(told) from None
     return layers
 
+# %% ../nbs/11_cli.ipynb #feb88ead
 def parse_batch(given: str | None, tokens: int, length: int, recipe: str = "fast") -> dict:
     """The settings that rows a step, given as a number or `auto`, stand for; none for `None`.
 
@@ -79,6 +80,7 @@ def parse_batch(given: str | None, tokens: int, length: int, recipe: str = "fast
 MODELS = (("base", "out", "off"), ("spliced", "in", "off"), ("adapted", "in", "on"),
           ("adapted_unspliced", "out", "on"))
 
+# %% ../nbs/11_cli.ipynb #0c911622
 def _closed(r: dict, model: str, share: str) -> str:
     "A share with its interval, where `model` is the one it belongs to and there is one to tell."
     if model != "adapted" or share == "gap_closed" and no_share(r): return ""
@@ -101,6 +103,7 @@ def show(r: dict, console: Console):
 app = typer.Typer(help="Fine-tune a language model around its sparse autoencoder with LoRA.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
+# %% ../nbs/11_cli.ipynb #33b892b4
 def _option(annotation, help: str, *names: str, **limits):
     "An option of several commands."
     return Annotated[annotation, typer.Option(*names, help=help, **limits)]
@@ -127,6 +130,7 @@ Keep = _option(str, "Positions the SAE is kept from: special (the first, special
 Batch = _option(Optional[str], "Rows a step, in place of the recipe's; auto: as many as pay.")
 Measured = _option(int, "Held-out tokens to measure on.", min=2)
 
+# %% ../nbs/11_cli.ipynb #d41a2c01
 def _say(r: dict, as_json: bool):
     print(json.dumps(r, indent=1)) if as_json else show(r, Console())
 
@@ -169,7 +173,8 @@ def adapt(out: Out, model: Model = "smollm2-135m", sae: Saes = ["default"], text
                                "of torchrun or accelerate launch.", "--shard") = False,
           resume: Resume = False, seed: Seed = 0, as_json: Json = False):
     "Splice SAEs into a model, train a LoRA adapter around them, measure, and save the adapter."
-    changes = parse_batch(batch, tokens, length, recipe) | dict(keep_unspliced=keep_unspliced or None)
+    changes = parse_batch(batch, tokens, length, recipe)
+    changes["keep_unspliced"] = keep_unspliced or None
     if lr is not None: changes["lr"] = lr
     *_, r = run_adapt(out, parse_saes(sae), model, text, valid_text=valid_text, cut=cut,
                       length=length, tokens=tokens, valid_tokens=valid_tokens, rank=rank,
@@ -180,6 +185,7 @@ def adapt(out: Out, model: Model = "smollm2-135m", sae: Saes = ["default"], text
 # %% ../nbs/11_cli.ipynb #0d442eb8
 SHOWN = 8192  # held-out tokens that the demo measures on
 
+# %% ../nbs/11_cli.ipynb #001a0adf
 def _promise(found: dict):
     "What the demo will do, before it does it."
     _tell(found)
@@ -210,6 +216,7 @@ def _colour(gain: float) -> str:
     name = "green" if gain > 0 else "red"
     return f"black on {name}" if abs(gain) > 1 else name
 
+# %% ../nbs/11_cli.ipynb #a62b1aff
 def passage(tok, console: Console, ids, spliced, adapted):
     "Print what `stretches` found, each token in the colour of its gain, and the best three."
     gain, words = spliced - adapted, [tok.decode(i) for i in ids.tolist()]
@@ -223,6 +230,7 @@ def passage(tok, console: Console, ids, spliced, adapted):
 _KEPT = ("trained_on", "cut", "tokens", "seed", "recipe", "rank", "layers", "changes",
          "train_seconds", "tokens_per_second")
 
+# %% ../nbs/11_cli.ipynb #45414f4b
 @app.command()
 def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or demo wrote.")],
              text: Source = "default", valid_tokens: Measured = 16_384,
