@@ -189,7 +189,7 @@ def preflight(lm, tok, saes: dict, rows: Tensor, adapter: dict = {}, training: d
 
 # %% ../nbs/10a_check.ipynb #34a3db2d
 FUSED = 0.85  # what a step takes with fused kernels: between 0.75 and 0.9 was seen on processors
-MAKING = 40.0  # seconds that making them takes on two cores, the first time
+MAKING = 30.0  # seconds that making them takes on two cores, the first time
 
 def fuses(lm, tokens: int, training: dict = {}) -> bool:
     "Whether `fit_lora` would want fused kernels for so many tokens."

@@ -203,8 +203,9 @@ def demo(out: Out = Path("sae-lora-demo"),
     "The whole method on a real model, nothing to fetch by hand: SmolLM2-135M and its SAE."
     if not 0 < minutes < math.inf:
         raise UsageError(f"--minutes {minutes:g}; give a number above 0, such as 3")
-    lm, tok, saes, blocks, r = run_adapt(out, tokens=tokens, minutes=minutes, valid_tokens=SHOWN,
-                                         device=device, resume=resume, seed=seed, told=_promise)
+    lm, tok, saes, blocks, r = run_adapt(out, text="default", cut=0.0, tokens=tokens,
+                                         minutes=minutes, valid_tokens=SHOWN, device=device,
+                                         resume=resume, seed=seed, told=_promise)
     if not as_json:
         for stretch in stretches(lm, saes, blocks.valid[:8]): passage(tok, Console(), **stretch)
     _say(r, as_json)
