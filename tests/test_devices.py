@@ -30,6 +30,7 @@ NO_TENSORS = {
     "text.corpus": "text",
     "text.for_validation": "text",
     "text.passages": "text",
+    "train.auto_batch": "two numbers",
     "saebench.labelled": "text",
     "adapt.budget": "arithmetic",
     "check.tokens_in": "arithmetic",
