@@ -297,7 +297,7 @@ def run_train_sae(out, model="smollm2-135m", text="default", *, layer=14, width=
              positions=len(x), tokens=tokens, train_seconds=curve[-1]["seconds"])
     save_sae(sae, out, sae_card(r), half)
     write_report(out, "report.json", r)
-    r |= measure_sae(lm, sae, layer, blocks.valid)
+    r = measure_sae(lm, sae, layer, blocks.valid) | r  # both have `tokens`
     with written(out / "README.md") as part: part.write_text(sae_card(r), encoding="utf-8")
     write_report(out, "report.json", r)
     return r

@@ -137,7 +137,9 @@ def no_share(r: dict) -> str | None:
     if gap > 0: return None
     return "the gap is not above zero: the model predicts this text no worse with the SAE in"
 
-def _percent(share: float) -> str: return f"{100 * share:.0f}".replace("-", "−")
+def _percent(share: float) -> str:
+    "A share in percent, without a sign before a zero."
+    return f"{round(100 * share)}".replace("-", "−")
 
 def _share(r: dict, name: str, of: str, said: str = "") -> str:
     "A share in percent, with its interval where `r` has it."

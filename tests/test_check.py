@@ -157,6 +157,7 @@ def test_a_share_of_nothing_is_not_told(gap, ends, words):
     assert words in no_share(r) and words in won_back(r) and "inf" not in won_back(r)
     assert won_back(r).endswith("no share of it is told; the adapter wins back 16 % in KL (95% interval 14 to 18 %)")
     assert "KL" not in won_back(r | dict(kl_closed=math.nan))
+    assert "0 % in KL (0 to 2 %)" in won_back(SHARES | dict(kl_closed=0.004, ci95=SHARES["ci95"] | dict(kl_closed=[-0.002, 0.02])))
 
 
 def test_the_adapters_card_tells_both(tmp_path):

@@ -116,5 +116,5 @@ def test_check_foretells_what_adapt_takes(unbroken):
 def test_train_sae(tmp_path):
     from sae_lens import SAE
     report = run("train-sae", "--out", tmp_path / "sae", "--tokens", 16384, "--text-tokens", 16384, "--valid-tokens", 2048, "--width", 256, "--k", 8, "--layer", 3)
-    assert report["l0"] <= 8 and 0 < report["fvu"] < 1 and "TopK SAE, layer 3" in (tmp_path / "sae" / "README.md").read_text()
+    assert report["tokens"] == 16384 and report["l0"] <= 8 and 0 < report["fvu"] < 1 and "TopK SAE, layer 3" in (tmp_path / "sae" / "README.md").read_text()
     assert SAE.load_from_disk(tmp_path / "sae").cfg.metadata.hook_name == "blocks.3.hook_resid_post"
