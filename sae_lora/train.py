@@ -81,12 +81,12 @@ LONG = {"cpu": 2**16, "cuda": 2**22}  # from this many tokens on, making fused k
 ADAPTER = {"fast": dict(), "published": dict(alpha=32, lora_dropout=0.1)}  # what each recipe asks of `add_lora`
 
 # %% ../nbs/06_train.ipynb #4148eecb
-STEPS, LARGEST = 128, 8192  # steps from which on more buy nothing; the most tokens a step that were tried
+STEPS, LARGEST = 128, 8192  # the fewest steps, and the most tokens a step
 
 def auto_batch(tokens: int, length: int, several: int = 1) -> dict:
     """Rows a step, and their learning rate, for a budget of `tokens` in rows of `length`: `{"batch": …, "lr": …}`.
 
-    The largest batch that costs no tokens, a multiple of `several` (processes). For recipe `fast`."""
+    The largest batch that leaves `STEPS` steps, a multiple of `several` (processes). For recipe `fast`."""
     own = RECIPES["fast"]
     rows = max(min(tokens // STEPS, LARGEST) // length, own["batch"])
     rows = max(rows // several, 1) * several
