@@ -449,7 +449,7 @@ def stopped_at(step: int):
     return callback
 
 
-@covers("loop.save", "loop.restore", "loop.loop", "train.fit_lora",
+@covers("loop.save", "loop.restore", "loop.kept_run", "loop.loop", "train.fit_lora",
         each=[("fast",), ("published",)])
 def stopped_and_resumed(device, dtype, recipe):
     ends, file = [], fresh() / "state.safetensors"
@@ -468,6 +468,7 @@ def stopped_and_resumed(device, dtype, recipe):
         except Stopped:
             pass
         ends.append((parameters(lm), losses_of(curve)))
+    assert loop.kept_run(file)["recipe"] == recipe
     (unbroken, curve), _, (resumed, again) = ends
     check_resumed(unbroken, resumed)
     check_resumed(torch.tensor(curve, device=device), torch.tensor(again, device=device))
