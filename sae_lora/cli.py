@@ -24,8 +24,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as hf_logging
 
-from .adapt import (held_out, is_evaluation, read_report, ready, report, run_adapt, run_train_sae,
-                            sae_card, sentence, stretches, write_report)
+from .adapt import (held_out, is_evaluation, read_report, ready, report, run_adapt,
+                            run_train_sae, sae_card, sentence, stretches, write_report)
 from .check import duration, expected, fuses, lines, preflight, warnings_of
 from .ending import Terminated, halted, outcome
 from .experiments import build_site, experiments, run_experiment, settings
