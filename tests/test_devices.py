@@ -24,6 +24,9 @@ TOLERANCE = 1e-5  # of the size of a result: the device's attention adds in anot
 NO_TENSORS = {
     "embedded.*": "files; its models are loaded as any other",
     "files.*": "paths and files",
+    "checked.*": "files; what is read goes to no device",
+    "hub.*": "asks the network",
+    "documents.*": "text",
     "plots.*": "tables in, figures out",
     "results.*": "rows of numbers in a file",
     "text.docstrings": "text",
