@@ -11,7 +11,7 @@ from itertools import chain, filterfalse
 from pathlib import Path
 from typing import Iterator
 
-from .checked import MOST, a_file, mistake, no_file, parse_json
+from .checked import MOST, a_file, mistake, no_file, parse_json, said
 from .files import UsageError
 from .hub import asking, why
 
@@ -115,7 +115,7 @@ def _file(path: Path) -> Iterator[str]:
             if document is not None: yield from pieces(document)
     except UsageError: raise
     except Exception as e:  # not UTF-8, not JSON, not Parquet
-        told = f"not readable as {path.suffix} ({type(e).__name__}: {e})"
+        told = f"not readable as {path.suffix} ({said(e)})"
         raise mistake(path, told, "give UTF-8 text, JSON lines, CSV or Parquet") from None
 
 # %% ../nbs/00d_documents.ipynb #b90fb7d4

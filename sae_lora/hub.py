@@ -15,7 +15,7 @@ from unittest.mock import patch
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 
-from .files import one_line
+from .checked import said
 
 # %% ../nbs/00c_hub.ipynb #5ee22341
 PATIENCE = 5  # seconds
@@ -68,4 +68,4 @@ def asking(hub: bool = True):
 def why(e: Exception) -> str:
     "What to say of something that could not be fetched: what a library says, if it is not the hub."
     if not reachable(): return "not on this machine, and the hub cannot be reached"
-    return one_line(str(e).strip().split("\n")[0] or type(e).__name__, 90)
+    return said(e)
