@@ -42,7 +42,9 @@ _MEND = "fetch or save it again"
 Metadata = TypedDict("Metadata", {"hook_name": str | None, "model_name": str | None}, total=False)
 Cfg = TypedDict("Cfg", {
     "d_in": Count, "d_sae": Count, "architecture": NotRequired[str], "dtype": NotRequired[str],
-    "metadata": NotRequired[Metadata], "activation_fn_kwargs": NotRequired[dict | None]})
+    "metadata": NotRequired[Metadata], "activation_fn_kwargs": NotRequired[dict | None],
+    "apply_b_dec_to_input": NotRequired[bool], "rescale_acts_by_decoder_norm": NotRequired[bool],
+    "reshape_activations": NotRequired[str]})
 Active = TypedDict("Active", {"k": Count})
 
 # %% ../nbs/02_sae.ipynb #74e04d6f
