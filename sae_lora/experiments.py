@@ -19,7 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from typing_extensions import TypedDict
 
-from .checked import Finite, conforming, mistake, read_yaml
+from .checked import (Finite, conforming, mistake, parse_json, read_tensors,
+                              read_yaml)
 from .files import UsageError, cache_path, data_path, written
 from .lm import device_of, load_lm, processes
 from .lora import add_lora, lora_parameters
@@ -142,9 +143,11 @@ def adapted(lm, saes: dict, rows, *runs: dict):
 # %% ../nbs/10_experiments.ipynb #bb4932a8
 def _recalled(lm, path: Path) -> dict:
     "Put the weights in `path` into the adapter of `lm`; its curves."
-    with safe_open(path, "pt") as f:
-        for n, p in lora_parameters(lm).items(): p.data.copy_(f.get_tensor(n))
-        return json.loads(f.metadata()["curves"])
+    parameters, mend = lora_parameters(lm), "delete it; it is made again"
+    tensors = read_tensors(path, {n: tuple(p.shape) for n, p in parameters.items()}, mend)
+    for n, p in parameters.items(): p.data.copy_(tensors[n])
+    with safe_open(path, "pt") as f: about = f.metadata() or {}
+    return parse_json(about.get("curves", ""), path, mend)
 
 # %% ../nbs/10_experiments.ipynb #99a1b6ff
 def adapted_rows(group: list[dict]):

@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from typing_extensions import NotRequired, TypedDict
 
 from .checked import Count, Finite, mistake, no_file, read_json, read_tensors, said
-from .files import UsageError, written
+from .files import UsageError, in_range, written
 from .hub import asking, why
 from .lm import layers as blocks_of, linears, load_lm, quietly, special_ids
 from .sae import fingerprint, hook_name, load_sae, save_sae, site
@@ -57,7 +57,10 @@ def add_lora(lm, saes: dict | None = None, rank: int = 16, layers="after", roles
 
     `alpha` is `rank` unless given, so that the scale α/r is 1 at every rank. `options` go to `peft.LoraConfig` (`lora_dropout`, `use_rslora`, `use_dora`, …).
     The adapter is float32, trainable and active; everything else stays frozen. Further adapters go beside it under other names."""
+    most = max(lm.config.get_text_config().hidden_size, 256)  # more than the width adds nothing
     if rank < 1: raise UsageError(f"rank {rank}; give 1 or more")
+    if rank > most or rank != int(rank): raise UsageError(f"rank {rank}; give 1 to {most}")
+    if alpha is not None: in_range("alpha", alpha, 1e-6, 1e6)
     if lora_parameters(lm, name): raise UsageError(f"the model has an adapter {name!r} already; give another name, delete it with lm.delete_adapter, or train that one")
     targets = [name for i in _chosen(lm, layers, saes) for name in linears(lm, i, roles)]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
