@@ -24,8 +24,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as hf_logging
 
-from .adapt import (held_out, is_evaluation, read_report, ready, report, run_adapt,
-                            run_train_sae, sae_card, sentence, stretches, write_report)
+from .adapt import (check_text, held_out, is_evaluation, read_report, ready, report,
+                            run_adapt, run_train_sae, sae_card, sentence, stretches, write_report)
 from .check import duration, expected, fuses, lines, preflight, warnings_of
 from .checked import parse_yaml
 from .ending import Terminated, halted, outcome
@@ -274,6 +274,7 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or
     out = out or folder / f"evaluate-{Path(text).stem[:99]}.json"
     free_file(out, is_evaluation, force)
     was = read_report(folder)
+    check_text(text)
     lm, tok, saes, _ = load_adapter(folder / "adapter", device=device)
     if lm.name_or_path != was["model"]:
         raise UsageError(f"{folder}: report.json is of {was['model'][:60]}, the adapter of "
