@@ -355,11 +355,13 @@ def _terminated(number, frame): raise Terminated
 
 def main():
     "The `sae-lora` command: whatever happens is told in one line, with an exit code."
-    warnings.simplefilter("ignore")  # of libraries; ours are lines of their own
     hf_logging.set_verbosity_error()
-    signal.signal(signal.SIGTERM, _terminated)
-    try: code = app(standalone_mode=False)
+    before = signal.signal(signal.SIGTERM, _terminated)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of libraries; ours are lines of their own
+            code = app(standalone_mode=False)
     except Exception as e:
         code, said = outcome(e)
         if said: print(one_line(f"sae-lora: {said}"), file=sys.stderr)
+    finally: signal.signal(signal.SIGTERM, before)
     raise SystemExit(code or 0)

@@ -249,7 +249,7 @@ def fit_sae(x: Tensor, tokens: int, width: int = 4608, k: int = 32, lr: float = 
     from sae_lens.saes.sae import TrainStepInput
     in_range("lr", lr, 1e-12, 10), in_range("seed", seed, 0, SEEDS)
     in_range("width", width, 1, 2**31), in_range("k", k, 1, width)
-    in_range("batch", batch, 1, min(tokens, len(x)))
+    in_range("batch", batch, 1, tokens)
     device = torch.device(device or (default_device() if x.device.type == "cpu" else x.device))
     x = _brought(x, device)
     norm = torch.cat([c.to(device).float().norm(dim=-1) for c in x.split(2**16)])

@@ -30,7 +30,7 @@ import sae_lora
 from sae_lora import adapt, check, cli, experiments, latents, loop, lora, loss, metrics, results
 from sae_lora import lm as models_of
 from sae_lora import sae as saes_of
-from sae_lora import saebench, splice, states, steering, tasks, text, train
+from sae_lora import pretrained, saebench, splice, states, steering, tasks, text, train
 
 MODULES = [m.name for m in pkgutil.iter_modules(sae_lora.__path__) if m.name[0] != "_"]
 PACKAGE = [importlib.import_module(f"sae_lora.{name}") for name in MODULES]
@@ -97,7 +97,7 @@ def tokenizer():
 @lru_cache(None)
 def model_folder(architecture: str = "llama", layers: int = 4) -> Path:
     "A tiny model on disk. Words of a letter have something in common, for probes to find."
-    with patch.dict(conftest.SMALL, num_hidden_layers=layers):
+    with patch.dict(conftest.SMALL, num_hidden_layers=layers, max_position_embeddings=256):
         lm, folder = tiny(architecture), room(f"model-{architecture}-{layers}")
     g = torch.Generator().manual_seed(1)
     letters = torch.randn(8, 32, generator=g).repeat_interleave(len(SYLLABLES), 0)
@@ -750,7 +750,7 @@ def small_demo():
     "The model, the SAE and the text of `demo` are others inside: the command has no options."
     def data_path(*parts):
         return sae_folder(layer=14)
-    with patch.object(models_of, "embedded", lambda name: model_folder(layers=16)), \
+    with patch.object(pretrained, "embedded", lambda name: model_folder(layers=16)), \
             patch.object(saes_of, "data_path", data_path), \
             patch.object(text, "corpus", lambda source: documents(900)):
         yield
