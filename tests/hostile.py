@@ -1,0 +1,376 @@
+"""A hostile user: a tiny world on disk, the command run in it, and a judge of what came of it.
+
+`python tests/hostile.py --mutants 200 --seeds 3 --kills 20` is the longer campaign: it prints how
+many of each kind went wrong, each with the command line that does it again, and ends with 1 if any.
+"""
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).parent
+LINE = 300  # characters that a mistake may take
+SECONDS = 15.0  # of the processor that a command may take here
+PATIENCE = 90.0  # of the clock, until a command counts as one that hangs
+REFUSED = 2
+
+
+# A command, and what is left of it.
+
+@dataclass
+class Ran:
+    "What a command left behind: exit code, outputs, seconds; what it changed, by path."
+    arguments: list
+    code: int
+    out: str
+    err: str
+    cpu: float
+    wall: float
+    hung: bool
+    changed: dict = field(default_factory=dict)
+    folder: Path | None = None
+
+    @property
+    def line(self) -> str:
+        "The command line, to be run again."
+        return f"sae-lora {shlex.join(self.arguments)}"
+
+    @property
+    def lines(self) -> list[str]:
+        "The lines of standard error, without what was overwritten: progress bars."
+        shown = [line.split("\r")[-1].rstrip() for line in self.err.split("\n")]
+        return [line for line in shown if line]
+
+    @property
+    def told(self) -> str:
+        "What the command says of the mistake."
+        return "\n".join(line for line in self.lines if line.startswith("sae-lora:"))
+
+
+class Commands:
+    "The process that forks for every command."
+    def __init__(self, environment: dict, cwd: Path):
+        import sae_lora
+        package = str(Path(sae_lora.__file__).parent.parent)
+        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = os.environ | environment | dict(PYTHONPATH=os.pathsep.join(paths))
+        self.process = subprocess.Popen([sys.executable, HERE / "forked.py"], text=True, cwd=cwd,
+                                        env=environment, stdin=subprocess.PIPE,
+                                        stdout=subprocess.PIPE)
+        self.process.stdout.readline()
+
+    def ask(self, **request) -> dict:
+        "Send a request, give the answer."
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+    def close(self):
+        "End the process."
+        self.process.stdin.close()
+        self.process.wait()
+
+
+@dataclass
+class Started:
+    "A command that runs."
+    commands: Commands
+    process: int
+    arguments: list
+    said: Path
+    folder: Path
+
+    def told(self, number: int):
+        "Send a signal to its process."
+        os.kill(self.process, number)
+
+    def wait(self, seconds: float = PATIENCE) -> Ran:
+        "What came of it, once it is over."
+        found = self.commands.ask(do="wait", process=self.process, seconds=seconds)
+        out, err = (Path(f"{self.said}.{kind}") for kind in ("out", "err"))
+        texts = [path.read_bytes().decode(errors="replace") for path in (out, err)]
+        for path in (out, err):
+            path.unlink()
+        return Ran(self.arguments, found["code"], *texts, found["cpu"], found["wall"],
+                   found["hung"], folder=self.folder)
+
+
+# What is on disk.
+
+def seen(path: Path) -> str:
+    "What a path holds, in short."
+    if path.is_symlink():
+        return f"link {os.readlink(path)}"
+    if path.is_dir():
+        return "folder"
+    if not path.is_file():
+        return "special"
+    return hashlib.blake2b(path.read_bytes(), digest_size=12).hexdigest()
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    "All that is below a folder, byte for byte, by path."
+    found = {}
+    for place, folders, files in os.walk(folder):
+        for name in folders + files:
+            path = Path(place, name)
+            found[str(path)] = seen(path)
+    return found
+
+
+def changes(before: dict, after: dict) -> dict[str, str]:
+    "Paths that were `made`, `changed` or `removed`."
+    words = {}
+    for path in before.keys() | after.keys():
+        if before.get(path) != after.get(path):
+            kind = "changed" if path in after else "removed"
+            words[path] = kind if path in before else "made"
+    return dict(sorted(words.items()))
+
+
+# The world.
+
+MODEL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=2, vocab_size=97, max_position_embeddings=512, bos_token_id=1,
+             eos_token_id=2, pad_token_id=0)
+BUDGET = ("--length", 16, "--rank", 2, "--tokens", 160, "--valid-tokens", 256)
+LONGER = ("--length", 16, "--rank", 2, "--tokens", 3200, "--valid-tokens", 256)
+SMALL_SAE = ("--layer", 1, "--width", 64, "--k", 8, "--tokens", 16_384, "--batch", 128,
+             "--text-tokens", 4096, "--valid-tokens", 768)
+
+
+def write_model(folder: Path, seed: int = 0, **settings):
+    "A tiny Llama, with its tokenizer, whose embeddings have something in common by first letter."
+    import torch
+    from device_entries import SPECIAL, SYLLABLES, tokenizer
+    from transformers import AutoModelForCausalLM, LlamaConfig
+    torch.manual_seed(seed)
+    lm = AutoModelForCausalLM.from_config(LlamaConfig(**MODEL | settings))
+    for p in lm.parameters():
+        if p.dim() > 1:
+            p.data.normal_(0, 0.3)
+    letters = torch.randn(8, lm.config.hidden_size).repeat_interleave(len(SYLLABLES), 0)
+    lm.get_input_embeddings().weight.data[len(SPECIAL):] += letters
+    lm.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+
+
+def write_scope(folder: Path):
+    "An SAE in the form of Gemma Scope that suits any hidden states of width 32."
+    import numpy as np
+    folder.mkdir(parents=True)
+    q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(32, 32)))
+    decoder = np.concatenate([q, -q])
+    arrays = dict(W_enc=decoder.T, W_dec=decoder, b_enc=np.zeros(64), b_dec=np.zeros(32),
+                  threshold=np.full(64, 0.5))
+    np.savez(folder / "params.npz", **{n: a.astype(np.float32) for n, a in arrays.items()})
+
+
+def write_texts(folder: Path):
+    "The same kind of text in every form that is read."
+    import pyarrow
+    import pyarrow.parquet
+    from device_entries import documents
+    docs = documents(900)
+    folder.mkdir()
+    (folder / "text.txt").write_text("\n\n".join(docs))
+    (folder / "text.jsonl").write_text("".join(json.dumps({"text": d}) + "\n" for d in docs))
+    (folder / "text.csv").write_text("n,text\n" + "".join(f"{i},{d}\n" for i, d in enumerate(docs)))
+    pyarrow.parquet.write_table(pyarrow.table({"text": docs}), folder / "text.parquet")
+
+
+NOTEBOOK = """# A tiny experiment
+
+> Nothing is claimed.
+"""
+
+
+def write_clone(folder: Path):
+    "A clone with one experiment, which prints its parameters."
+    import nbformat
+    v4, notebooks = nbformat.v4, folder / "nbs" / "experiments"
+    cells = [v4.new_markdown_cell(NOTEBOOK), v4.new_code_cell("rank = 2\nranks = [1, 2]"),
+             v4.new_code_cell("print(rank, ranks)")]
+    cells[1].metadata["tags"] = ["parameters"]
+    (notebooks / "params" / "smoke").mkdir(parents=True)
+    nbformat.write(v4.new_notebook(cells=cells), notebooks / "00_tiny.ipynb")
+    (notebooks / "params" / "smoke" / "00_tiny.yml").write_text("estimate_minutes: 1\nrank: 3\n")
+
+
+class World:
+    "A folder with everything that commands read, and a way to run them in it."
+    def __init__(self, root: Path):
+        self.root = root
+        self.cases = itertools.count()
+        for name in ("home", "cache", "temporary", "said", "results"):
+            (root / name).mkdir()
+        self.environment = dict(
+            SAE_LORA_CACHE=str(root / "cache"), SAE_LORA_RESULTS=str(root / "results"),
+            HOME=str(root / "home"), HF_HOME=str(root / "home" / "hub"), HF_HUB_OFFLINE="1",
+            TMPDIR=str(root / "temporary"), PIP_NO_INDEX="1", PIP_FIND_LINKS="",
+            OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", PYTHONUTF8="1", COLUMNS="200",
+            MPLCONFIGDIR=str(root / "home" / "mpl"))
+        self.write()
+        self.commands = Commands(self.environment, root)
+        self.make()
+        self.before = snapshot(root)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.root / name
+
+    def write(self):
+        "What is written without the command."
+        write_model(self / "model")
+        write_model(self / "other-model", seed=1)
+        write_scope(self / "scope" / "layer_1")
+        write_texts(self / "texts")
+        write_clone(self / "clone")
+        rows = [dict(key=key, parameters=dict(rank=1), metrics=dict(ce=1.0), provenance={})
+                for key in ("a", "b")]
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (self / "results" / "rows.jsonl").write_text(lines)
+
+    def make(self):
+        "What the command itself makes: an SAE, a run, and a run that was stopped."
+        for name, layer in (("sae", 1), ("other-sae", 2)):
+            self.must(*self.train_sae(self / name), "--layer", layer)
+        self.must(*self.adapt(self / "run"))
+        self.stop(*self.adapt(self / "stopped", budget=LONGER))
+
+    def adapt(self, out, sae=None, model=None, text=None, budget=BUDGET) -> list:
+        "The arguments of a small run."
+        return ["adapt", "--out", out, *self.inputs(sae, model, text), *budget]
+
+    def inputs(self, sae=None, model=None, text=None) -> list:
+        "Model, SAE and text as options."
+        return ["--model", model or self / "model", "--sae", sae or self / "sae",
+                "--text", text or self / "texts" / "text.jsonl"]
+
+    def train_sae(self, out, model=None, text=None) -> list:
+        "The arguments of a small SAE's training."
+        return ["train-sae", "--out", out, "--model", model or self / "model",
+                "--text", text or self / "texts" / "text.jsonl", *SMALL_SAE]
+
+    def start(self, *arguments, cwd=None, environment=None, limits=None) -> Started:
+        "Start a command."
+        arguments = [str(a) for a in arguments]
+        cwd, said = cwd or self.root, self / "said" / str(next(self.cases))
+        answer = self.commands.ask(do="start", arguments=arguments, cwd=str(cwd), said=str(said),
+                                   env=environment or {}, limits=limits or {})
+        return Started(self.commands, answer["process"], arguments, said, cwd)
+
+    def run(self, *arguments, **options) -> Ran:
+        "Run a command to its end, and see what it changed."
+        before = snapshot(self.root)
+        ran = self.start(*arguments, **options).wait()
+        ran.changed = changes(before, snapshot(self.root))
+        return ran
+
+    def must(self, *arguments, **options) -> Ran:
+        "Run a command that has to end well."
+        ran = self.start(*arguments, **options).wait()
+        if ran.code:
+            raise RuntimeError(f"{ran.line} ended with {ran.code}:\n{ran.err[-3000:]}")
+        return ran
+
+    def stop(self, *arguments, number=signal.SIGKILL, delay: float = 0.0, state=None) -> Ran:
+        "Start a command and stop it once its state is written, and some time after."
+        out = Path(arguments[arguments.index("--out") + 1])
+        started = self.start(*arguments)
+        until = time.monotonic() + 60
+        state = state or out / "state.safetensors"
+        while not state.exists() and (out / "report.json").exists() is False:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.005)
+        time.sleep(delay)
+        started.told(number)
+        return started.wait()
+
+    def case(self) -> Path:
+        "A new folder for one case."
+        path = self / f"case-{next(self.cases)}"
+        path.mkdir()
+        return path
+
+    def tidy(self, case: Path):
+        "Remove the folder of a case, and what commands left in the cache."
+        shutil.rmtree(case, ignore_errors=True)
+        shutil.rmtree(self / "cache", ignore_errors=True)
+        for name in ("cache", "temporary"):
+            shutil.rmtree(self / name, ignore_errors=True)
+            (self / name).mkdir()
+
+    def close(self):
+        "End the process that forks."
+        self.commands.close()
+
+
+# The judge.
+
+OF_A_CHECK = re.compile(r"(model|text|beginning|gap|SAE at -?\d+|budget|warning) {2,}\S|training on")
+
+
+def judged(ran: Ran, world: World, outs=(), refused: bool | None = None, words=()) -> list[str]:
+    """What is wrong with what a command did; nothing if all is right.
+
+    `outs` are the places it may write to. `refused` is whether it has to be refused, or must not
+    be; `None` where either will do. `words` have to be in the line of a refusal."""
+    wrong = [f"takes {ran.cpu:.0f} s, or hangs"] if ran.hung or ran.cpu > SECONDS else []
+    if ran.code not in (0, REFUSED):
+        wrong.append(f"ends with {ran.code}")
+    if "Traceback" in ran.err + ran.out:
+        wrong.append("prints a traceback")
+    if refused and ran.code == 0:
+        wrong.append("is accepted")
+    if refused is False and ran.code == REFUSED:
+        wrong.append("is refused")
+    return wrong + judged_lines(ran, words) + judged_changes(ran, world, outs)
+
+
+def judged_lines(ran: Ran, words) -> list[str]:
+    "What is wrong with what was said."
+    if "Traceback" in ran.err:
+        return []
+    told = ran.told.splitlines()
+    more = [x for x in ran.lines if not x.startswith("sae-lora:") and not OF_A_CHECK.match(x)]
+    wrong = [f"says more: {more[0][:150]!r}"] if more else []
+    if ran.code == REFUSED and len(told) != 1:
+        wrong.append(f"says {len(told)} lines, not one")
+    wrong += [f"says {len(line)} characters" for line in told if len(line) > LINE]
+    missing = [w for w in words if str(w).lower() not in ran.told.lower()]
+    if ran.code == REFUSED and missing:
+        wrong.append(f"does not say {', '.join(map(repr, missing))}")
+    return wrong
+
+
+def judged_changes(ran: Ran, world: World, outs) -> list[str]:
+    "What is wrong with what was changed on disk."
+    free = [str(world / "cache"), *map(str, outs)]
+    inside = lambda path: any(path == f or path.startswith(f"{f}/") for f in free)
+    wrong = []
+    for path, how in ran.changed.items():
+        refused = ran.code != 0 and how != "made" and not path.startswith(free[0])
+        if not inside(path) or refused:
+            wrong.append(f"{Path(path).relative_to(world.root)} was {how}")
+    return wrong[:3]
+
+
+def told_of(ran: Ran, wrong: list[str]) -> str:
+    "A failure: the command line, what is wrong, and the end of what it said."
+    frames = re.findall(r'File "([^"]+)", line (\d+)', ran.err)
+    own = [f"{Path(f).name}:{n}" for f, n in frames if "/sae_lora/" in f]
+    tail = [line for line in ran.lines if line.strip()][-1:]
+    said = f"{' > '.join(own[-4:])} {' '.join(tail)[:400]}".strip()
+    return f"{ran.line}\n    {'; '.join(wrong)}\n    {said}"
