@@ -91,7 +91,10 @@ class Progress:
 
 # %% ../nbs/06_loop.ipynb #c5e9838a
 class Stopped(KeyboardInterrupt):
-    "A run was told to stop and has written its state, to the file it was given."
+    "A run was told to stop, by the signal `number`, and has written its state."
+    def __init__(self, said: str, number: int):
+        super().__init__(said)
+        self.number = number
 
 @contextmanager
 def _stoppable(wanted: bool):
@@ -178,7 +181,7 @@ def loop(losses_of, groups: list[dict], steps: int, step_tokens: int, *, lr: flo
                 if callback: callback(at.curves[0][-1])
             if told and not last:
                 keep.save(at, due=True)
-                raise Stopped(f"stopped after step {at.step} of {steps}; its state is in {checkpoint}")
+                raise Stopped(f"stopped after step {at.step} of {steps}", told[0])
     return at.curves
 
 # %% ../nbs/06_loop.ipynb #340d96ad

@@ -95,9 +95,9 @@ def fingerprint(sae) -> str:
     return digest.hexdigest()[:16]
 
 # %% ../nbs/02_sae.ipynb #915bf3f2
-def save_sae(sae, folder, card: str | None = None, half: bool = False):
-    "Write `sae` to `folder` in SAELens format, with `card` as its README; with `half`, weights rounded to float16, which every reader turns back to the SAE's dtype."
-    with written(folder, marker="cfg.json") as part:
+def save_sae(sae, folder, card: str | None = None, half: bool = False, marker: str = "cfg.json"):
+    "Write `sae` to `folder` in SAELens format, with `card` as its README; with `half`, weights rounded to float16, which every reader turns back to the SAE's dtype. A folder that is not empty is written into where it holds a file named `marker`."
+    with written(folder, marker) as part:
         weights, _ = (sae.save_inference_model if hasattr(sae, "save_inference_model") else sae.save_model)(part)
         if half: save_file({n: t.half() for n, t in load_file(weights).items()}, weights)
         if card: (part / "README.md").write_text(card, encoding="utf-8")

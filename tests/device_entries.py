@@ -701,7 +701,7 @@ COMMANDS = ("adapt.run_adapt", "adapt.ready", "adapt.short_check", "adapt.report
 SPECS = {"one": [("topk", 1)], "two": [("topk", 1), ("jumprelu", 2)]}
 
 
-@covers(*COMMANDS, "cli.adapt", "cli.evaluate", "lora.attach_adapter", "adapt.free_folder",
+@covers(*COMMANDS, "cli.adapt", "cli.evaluate", "lora.attach_adapter", "files.free_folder",
         "adapt.write_report", "check.lines", "check.duration", each=[(s,) for s in SPECS])
 def adapt_and_evaluate(device, dtype, specs):
     folder = fresh()

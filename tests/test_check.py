@@ -177,8 +177,14 @@ def test_an_sae_is_kept_when_its_measurement_fails(tmp_path, monkeypatch):
     monkeypatch.setattr(adapt, "measure_sae", fails)
     texts = tmp_path / "texts.jsonl"
     texts.write_text("\n".join(json.dumps(" ".join(f"w{(i * j) % 90 + 5}" for j in range(1, 60))) for i in range(1, 400)))
-    with pytest.raises(RuntimeError, match="no memory"):
-        adapt.run_train_sae(tmp_path / "sae", "tiny", str(texts), layer=1, width=64, k=4, tokens=2048, text_tokens=4096, batch=256, valid_tokens=256)
+    options = dict(layer=1, width=64, k=4, tokens=2048, text_tokens=4096, batch=256, valid_tokens=256)
+    with pytest.raises(RuntimeError, match="no memory"): adapt.run_train_sae(tmp_path / "sae", "tiny", str(texts), **options)
     assert load_sae(tmp_path / "sae").cfg.k == 4
     assert "Not measured yet" in (tmp_path / "sae" / "README.md").read_text()
-    assert json.loads((tmp_path / "sae" / "report.json").read_text())["tokens"] == 2048
+    assert not (tmp_path / "sae" / "report.json").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(adapt, "load_lm", lambda *a, **k: (lm, tok))
+    weights = (tmp_path / "sae" / "sae_weights.safetensors").read_bytes()
+    report = adapt.run_train_sae(tmp_path / "sae", "tiny", str(texts), resume=True, **options)
+    assert report["tokens"] == 2048 and "ce" in report and (tmp_path / "sae" / "sae_weights.safetensors").read_bytes() == weights
+    assert {p.name for p in (tmp_path / "sae").iterdir()} == {"README.md", "cfg.json", "report.json", "sae_weights.safetensors"}

@@ -37,7 +37,7 @@ SMALL = ("--tokens", 2048, "--valid-tokens", 512, "--rank", 2)
     (["--sae", "3=default"], ["layer 14", "layer 3"]),
     (["--sae", "blocks.2.hook_mlp_out=default"], ["hook_mlp_out", "residual"]),
     (["--sae", "no-such-folder"], ["no-such-folder", "registry"]),
-    (["--rank", 0], ["rank 0", "1 or more"]),
+    (["--rank", 0], ["--rank", "greater than or equal to 1"]),
     (["--layers", "3,4"], ["before", "14"]),
     (["--layers", "sometimes"], ["sometimes", "after"]),
     (["--layers", "40"], ["layer 40", "0 to 29"]),
@@ -89,10 +89,12 @@ def test_a_folder_of_notes_is_not_left_behind(sae_lora, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
-def test_what_cannot_be_resumed_does_not_advise_it(sae_lora, tmp_path):
+@pytest.mark.parametrize("command", ["train-sae", "adapt", "demo"])
+def test_a_folder_without_a_stopped_run_is_not_resumed(sae_lora, tmp_path, command):
     (tmp_path / "notes.txt").write_text("mine")
-    code, said = sae_lora("train-sae", "--out", tmp_path)
-    assert code == 2 and "not empty" in said and "--resume" not in said
+    refused(sae_lora(command, "--out", tmp_path), "not empty", "--resume")
+    refused(sae_lora(command, "--out", tmp_path, "--resume"), "no stopped run", "another --out")
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("name, content, words", [
