@@ -128,7 +128,7 @@ def ended(process: int, seconds: float) -> tuple:
         if found:
             return status, used, told
         if time.monotonic() > until:
-            os.kill(process, signal.SIGKILL if told else signal.SIGUSR1)
+            os.killpg(process, signal.SIGKILL if told else signal.SIGUSR1)
             told, until = True, time.monotonic() + 1
         time.sleep(0.004)
 
