@@ -19,6 +19,7 @@ LOADED = ("sae_lora.cli", "sae_lora.plots", "sae_lens", "peft", "yaml", "matplot
           "transformers.models.llama.modeling_llama", "pyarrow.parquet", "nbformat", "pandas",
           "sae_lens.saes.topk_sae", "sae_lens.saes.jumprelu_sae", "accelerate.utils")
 MEMORY = 6 * 2**30  # bytes of its own that a command may have
+PROCESSOR = 20  # seconds of the processor that it may take
 
 
 def load():
@@ -78,9 +79,10 @@ def redirected(said: str):
 def limited(limits: dict):
     "Set limits on what the process may use, by the names of `resource`; of memory, in addition."
     has = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    for name, most in ({"DATA": MEMORY} | limits).items():
+    for name, most in ({"DATA": MEMORY, "CPU": PROCESSOR} | limits).items():
         most += has if name == "AS" else 0
-        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+        last = most + 1 if name == "CPU" else most  # a second to say where it is
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, last))
 
 
 def child(request: dict):
@@ -90,6 +92,7 @@ def child(request: dict):
         os.setsid()
         redirected(request["said"])
         faulthandler.register(signal.SIGUSR1)
+        faulthandler.register(signal.SIGXCPU, chain=True)
         os.chdir(request["cwd"])
         os.environ.update(request["env"])
         limited(request["limits"])

@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -19,11 +20,12 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 HERE = Path(__file__).parent
 LINE = 300  # characters that a mistake may take
 SECONDS = 15.0  # of the processor that a command may take here
-PATIENCE = 90.0  # of the clock, until a command counts as one that hangs
+PATIENCE = 300.0  # of the clock, on a machine that has other things to do
 REFUSED = 2
 
 
@@ -92,7 +94,7 @@ class Started:
     folder: Path
 
     def told(self, number: int):
-        "Send a signal to its process."
+        "Send a signal to its process; it may be over."
         os.kill(self.process, number)
 
     def wait(self, seconds: float = PATIENCE) -> Ran:
@@ -146,6 +148,7 @@ MODEL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_atte
              eos_token_id=2, pad_token_id=0)
 BUDGET = ("--length", 16, "--rank", 2, "--tokens", 160, "--valid-tokens", 256)
 LONGER = ("--length", 16, "--rank", 2, "--tokens", 3200, "--valid-tokens", 256)
+LONGER_SAE = ("--tokens", 131_072)
 SMALL_SAE = ("--layer", 1, "--width", 64, "--k", 8, "--tokens", 16_384, "--batch", 128,
              "--text-tokens", 4096, "--valid-tokens", 768)
 
@@ -210,6 +213,8 @@ def write_clone(folder: Path):
 
 class World:
     "A folder with everything that commands read, and a way to run them in it."
+    budget, longer, longer_sae = BUDGET, LONGER, LONGER_SAE
+
     def __init__(self, root: Path):
         self.root = root
         self.cases = itertools.count()
@@ -247,6 +252,7 @@ class World:
             self.must(*self.train_sae(self / name), "--layer", layer)
         self.must(*self.adapt(self / "run"))
         self.stop(*self.adapt(self / "stopped", budget=LONGER))
+        self.stop(*self.train_sae(self / "stopped-sae"), *LONGER_SAE)
 
     def adapt(self, out, sae=None, model=None, text=None, budget=BUDGET) -> list:
         "The arguments of a small run."
@@ -284,16 +290,14 @@ class World:
             raise RuntimeError(f"{ran.line} ended with {ran.code}:\n{ran.err[-3000:]}")
         return ran
 
-    def stop(self, *arguments, number=signal.SIGKILL, delay: float = 0.0, state=None) -> Ran:
-        "Start a command and stop it once its state is written, and some time after."
+    def stop(self, *arguments, number=signal.SIGKILL, delay: float = 0.0, late: bool = True,
+             **options) -> Ran:
+        "Start a command and stop it some time after it began, or if `late` wrote its state."
         out = Path(arguments[arguments.index("--out") + 1])
-        started = self.start(*arguments)
-        until = time.monotonic() + 60
-        state = state or out / "state.safetensors"
-        while not state.exists() and (out / "report.json").exists() is False:
-            if time.monotonic() > until:
-                break
-            time.sleep(0.005)
+        started, until = self.start(*arguments, **options), time.monotonic() + PATIENCE
+        there = lambda: (out / "state.safetensors").exists() or (out / "report.json").exists()
+        while late and not there() and time.monotonic() < until:
+            time.sleep(0.004)
         time.sleep(delay)
         started.told(number)
         return started.wait()
@@ -322,13 +326,15 @@ class World:
 OF_A_CHECK = re.compile(r"(model|text|beginning|gap|SAE at -?\d+|budget|warning) {2,}\S|training on")
 
 
-def judged(ran: Ran, world: World, outs=(), refused: bool | None = None, words=()) -> list[str]:
+def judged(ran: Ran, world: World, outs=(), refused: bool | None = None, words=(),
+           seconds: float = SECONDS) -> list[str]:
     """What is wrong with what a command did; nothing if all is right.
 
     `outs` are the places it may write to. `refused` is whether it has to be refused, or must not
-    be; `None` where either will do. `words` have to be in the line of a refusal."""
-    wrong = [f"takes {ran.cpu:.0f} s, or hangs"] if ran.hung or ran.cpu > SECONDS else []
-    if ran.code not in (0, REFUSED):
+    be; `None` where either will do. `words` have to be in the line of a refusal, which may take so
+    many `seconds` of the processor."""
+    wrong = [f"takes {ran.cpu:.0f} s, or hangs"] if ran.hung or ran.cpu > seconds else []
+    if ran.code not in (0, REFUSED) and not wrong:
         wrong.append(f"ends with {ran.code}")
     if "Traceback" in ran.err + ran.out:
         wrong.append("prints a traceback")
@@ -367,6 +373,84 @@ def judged_changes(ran: Ran, world: World, outs) -> list[str]:
     return wrong[:3]
 
 
+# Runs that are killed.
+
+class Kill(NamedTuple):
+    "A command, the signal that ends it, after how long, and whether once its state is there."
+    command: str
+    number: int
+    delay: float
+    late: bool
+
+
+WEIGHTS = {"adapt": "adapter/adapter_model.safetensors", "train-sae": "sae_weights.safetensors",
+           "demo": "adapter/adapter_model.safetensors"}
+GOES_ON = re.compile(r"sae-lora: stopped.*--resume")
+
+
+class Killed:
+    "Commands that are stopped and go on, beside one of each kind that is not stopped."
+    def __init__(self, world: World, cache: str | None = None):
+        self.world, self.whole = world, {}
+        self.demo = dict(environment=dict(SAE_LORA_CACHE=cache or ""), limits=dict(CPU=1800))
+
+    def arguments(self, command: str, out: Path) -> list:
+        "A command whose training takes a second or two."
+        if command == "adapt":
+            return self.world.adapt(out, budget=LONGER)
+        if command == "train-sae":
+            return [*self.world.train_sae(out), *LONGER_SAE]
+        return ["demo", "--out", out, "--tokens", 4096]
+
+    def options(self, command: str) -> dict:
+        "What its process needs."
+        return self.demo if command == "demo" else {}
+
+    def unbroken(self, command: str) -> Path:
+        "The folder of the run that is not stopped."
+        if command not in self.whole:
+            out = self.world.case() / "unbroken"
+            self.world.must(*self.arguments(command, out), **self.options(command))
+            self.whole[command] = out
+        return self.whole[command]
+
+    def wrong(self, kill: Kill) -> tuple[list[str], Ran]:
+        "What is wrong with a run that is stopped and goes on; its first part."
+        whole, out = self.unbroken(kill.command), self.world.case() / "out"
+        arguments, options = self.arguments(kill.command, out), self.options(kill.command)
+        ran = self.world.stop(*arguments, number=kill.number, delay=kill.delay, late=kill.late,
+                              **options)
+        over = (out / "report.json").exists()
+        wrong = [] if over else judged_stop(ran, kill, (out / "state.safetensors").exists())
+        if not over:
+            again = self.world.start(*arguments, "--resume", **options).wait(2 * PATIENCE)
+            if again.code:
+                return wrong + [f"goes on and ends with {again.code}: {again.err[-200:]}"], ran
+        return wrong + compared(out, whole, WEIGHTS[kill.command]), ran
+
+
+def judged_stop(ran: Ran, kill: Kill, state: bool) -> list[str]:
+    "What is wrong with how a run ended that was told to stop."
+    wrong = ["prints a traceback"] if "Traceback" in ran.err else []
+    codes = (128 + kill.number, -kill.number)
+    if ran.code not in codes:
+        wrong.append(f"ends with {ran.code}, not {codes[0]}")
+    if kill.number != signal.SIGKILL and state and not GOES_ON.search(ran.told):
+        wrong.append(f"does not say how to go on: {ran.told!r}")
+    return wrong
+
+
+def compared(out: Path, whole: Path, weights: str) -> list[str]:
+    "What is wrong with the folder of a run that went on, beside that of one that was not stopped."
+    names = [{str(p.relative_to(d)) for p in d.rglob("*")} for d in (out, whole)]
+    wrong = [f"there is {n}" for n in sorted(names[0] - names[1])]
+    wrong += [f"there is no {n}" for n in sorted(names[1] - names[0])]
+    there = (out / weights).exists()
+    if there and (out / weights).read_bytes() != (whole / weights).read_bytes():
+        wrong.append(f"{weights} is another")
+    return wrong
+
+
 def told_of(ran: Ran, wrong: list[str]) -> str:
     "A failure: the command line, what is wrong, and the end of what it said."
     frames = re.findall(r'File "([^"]+)", line (\d+)', ran.err)
@@ -374,3 +458,63 @@ def told_of(ran: Ran, wrong: list[str]) -> str:
     tail = [line for line in ran.lines if line.strip()][-1:]
     said = f"{' > '.join(own[-4:])} {' '.join(tail)[:400]}".strip()
     return f"{ran.line}\n    {'; '.join(wrong)}\n    {said}"
+
+
+# The longer campaign.
+
+def mutants_of(world: World, examples: int, seed: int, note) -> None:
+    "Draw damages and options, run each, and `note` what is wrong with it."
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import seed as seeded
+    from test_fuzz import DAMAGES, VALUES, tried_damage, tried_value
+    own = settings(max_examples=examples, deadline=None, database=None, phases=[Phase.generate],
+                   suppress_health_check=list(HealthCheck))
+    damages = own(given(DAMAGES)(lambda d: note(f"{d[0]}, {d[1]}", *tried_damage(world, *d))))
+    values = own(given(VALUES)(lambda v: note(f"{v[0]} {v[1]}", *tried_value(world, *v))))
+    seeded(seed)(damages)()
+    seeded(seed)(values)()
+
+
+def kills_of(world: World, number: int, seed: int, note, cache: str):
+    "Stop runs at random moments and `note` what is wrong with what came of each."
+    draw, killed = random.Random(seed), Killed(world, cache)
+    models = Path(cache, "models")
+    commands = ["adapt", "train-sae", "adapt", "train-sae", "demo" if models.exists() else "adapt"]
+    for i in range(number):
+        command = commands[i % len(commands)]
+        numbers = (signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
+        longest = 20.0 if command == "demo" else 2.5
+        kill = Kill(command, numbers[i % 3], draw.random() * longest, draw.random() < 0.7)
+        wrong, ran = killed.wrong(kill)
+        note(f"kill {command}, {signal.Signals(kill.number).name}", wrong, ran)
+
+
+def campaign(mutants: int, seeds: int, kills: int) -> int:
+    "Run all, print what went wrong, and give the exit code."
+    count, failed, began = Counter(), {}, time.time()
+
+    def note(kind: str, wrong: list[str], ran: Ran):
+        count[kind] += 1
+        if wrong:
+            failed.setdefault(kind, []).append(told_of(ran, wrong))
+            print(told_of(ran, wrong), flush=True)
+    cache = os.environ.get("SAE_LORA_CACHE") or str(Path.home() / ".cache" / "sae-lora")
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder).resolve())
+        for seed in range(seeds):
+            mutants_of(world, mutants, seed, note)
+        kills_of(world, kills, seeds, note, cache)
+        world.close()
+    print(f"\n{'kind':44}{'tried':>6}{'wrong':>6}")
+    for kind, n in sorted(count.items()):
+        print(f"{kind:44}{n:6}{len(failed.get(kind, [])):6}")
+    total = sum(map(len, failed.values()))
+    print(f"{'all':44}{sum(count.values()):6}{total:6}   in {time.time() - began:.0f} s")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    options = argparse.ArgumentParser(description=__doc__)
+    for name, number in (("mutants", 200), ("seeds", 3), ("kills", 20)):
+        options.add_argument(f"--{name}", type=int, default=number)
+    raise SystemExit(campaign(**vars(options.parse_args())))

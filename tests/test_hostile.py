@@ -13,6 +13,7 @@ from mutants import (ABSENT, added, another, arrays, as_folder, as_link, copied,
 
 HUGE = 2**70
 LONG_NAME = "x" * 300
+QUICK = 3.0  # seconds that a mistake may take which can be known before a model is loaded
 
 
 @pytest.fixture(scope="session")
@@ -59,16 +60,18 @@ OVERWRITE = {
     "evaluate: the weights": lambda w, c: evaluate(w, c, f"run/{ADAPTER}"),
     "site: a folder": lambda w, c: ["site", "--out", a_run(w, c)],
     "site: a file": lambda w, c: ["site", "--out", a_run(w, c) / "report.json"],
-    "adapt: a finished run": lambda w, c: w.adapt(a_run(w, c)),
-    "adapt: a folder of others": lambda w, c: w.adapt(a_run(w, c).parent),
-    "train-sae: a folder of others": lambda w, c: w.train_sae(a_run(w, c).parent),
+    "adapt: a finished run": lambda w, c: [*w.adapt("."), "--out", a_run(w, c)],
+    "adapt: a folder of others": lambda w, c: [*w.adapt("."), "--out", a_run(w, c).parent],
+    "train-sae: a folder of others": lambda w, c: [*w.train_sae("."), "--out",
+                                                   a_run(w, c).parent],
 }
 
 
 @pytest.mark.parametrize("name", OVERWRITE)
 def test_nothing_is_written_over(tiny_world, case, name):
     arguments = OVERWRITE[name](tiny_world, case)
-    holds(tiny_world, tiny_world.run(*arguments), refused=True, words=["--out"])
+    ran = tiny_world.run(*arguments)
+    holds(tiny_world, ran, refused=True, words=[Path(arguments[-1]).name], seconds=QUICK)
 
 
 PLACES = ("file", "file/sub", "link", LONG_NAME, "/proc/nowhere", "/dev/null")
@@ -85,7 +88,9 @@ def test_places_that_cannot_be_written_to(tiny_world, case, command, where):
                  "site": ["site", "--out", out]}[command]
     outs = [out] if command == "evaluate" and where in ("file",) else []
     refused = None if command == "evaluate" and where == "/dev/null" else True
-    holds(tiny_world, tiny_world.run(*arguments), outs, refused=refused, words=["--out"])
+    named = where[:60] if command in ("evaluate", "site") else "--out"
+    ran = tiny_world.run(*arguments)
+    holds(tiny_world, ran, outs, refused=refused, words=[named], seconds=QUICK)
 
 
 @pytest.mark.parametrize("kind", ["dot", "empty", "link"])
@@ -139,7 +144,7 @@ def basis(world, case, command: str) -> list:
 def test_options_have_ranges(tiny_world, case, command, option, value):
     ran = tiny_world.run(*basis(tiny_world, case, command), option, value)
     named = option.strip("-") if command != "nothing" else "nothing"
-    holds(tiny_world, ran, [case / "out"], refused=True, words=[named])
+    holds(tiny_world, ran, [case / "out"], refused=True, words=[named], seconds=QUICK)
     assert not (case / "out").exists(), f"{ran.line} left {list((case / 'out').rglob('*'))}"
 
 
