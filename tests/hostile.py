@@ -323,7 +323,8 @@ class World:
 
 # The judge.
 
-OF_A_CHECK = re.compile(r"(model|text|beginning|gap|SAE at -?\d+|budget|warning) {2,}\S|training on")
+EXPECTED = re.compile(r"(model|text|beginning|gap|SAE at -?\d+|budget|warning) {2,}\S|training on|"
+                      r"[^|]{0,40}: +\d+%\|")  # lines of a check, and a progress bar's last form
 
 
 def judged(ran: Ran, world: World, outs=(), refused: bool | None = None, words=(),
@@ -350,7 +351,7 @@ def judged_lines(ran: Ran, words) -> list[str]:
     if "Traceback" in ran.err:
         return []
     told = ran.told.splitlines()
-    more = [x for x in ran.lines if not x.startswith("sae-lora:") and not OF_A_CHECK.match(x)]
+    more = [x for x in ran.lines if not (x.startswith("sae-lora:") or EXPECTED.match(x))]
     wrong = [f"says more: {more[0][:150]!r}"] if more else []
     if ran.code == REFUSED and len(told) != 1:
         wrong.append(f"says {len(told)} lines, not one")

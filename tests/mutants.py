@@ -389,7 +389,7 @@ def there(text: str) -> bool:
         return False
 
 
-SHARED = {"--seed": whole(-2**63, 2**63 - 1), "--device": one_of("cpu", "cpu:0")}
+SHARED = {"--seed": whole(-2**63, 2**63 - 1), "--device": one_of("", "cpu", "cpu:0")}
 OF_A_RUN = SHARED | {
     "--rank": whole(1, 10**6), "--layers": layers, "--tokens": whole(1, 2**62),
     "--length": whole(2, 512), "--recipe": one_of("fast", "published"),

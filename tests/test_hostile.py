@@ -111,10 +111,10 @@ OPTIONS = {
               ("--rank", 0), ("--rank", -1), ("--tokens", HUGE), ("--length", HUGE),
               ("--length", 100_000), ("--cut", "nan"), ("--cut", 2), ("--keep-unspliced", "inf"),
               ("--keep-unspliced", "nan"), ("--keep-unspliced", -1), ("--layers", "2-3000000000"),
-              ("--layers", "3-2"), ("--layers", ""), ("--layers", "2," * 9999 + "2"),
+              ("--layers", "3-2"), ("--layers", ""), ("--layers", "7," * 9999 + "7"),
               ("--valid-tokens", 1), ("--model", ""), ("--text", ""), ("--sae", ""),
               ("--recipe", "slow"), ("--keep", "some"), ("--device", "cuda:99"),
-              ("--device", "meta"), ("--device", ""), ("--rank", "two"), ("--tokens", "1e5")],
+              ("--device", "meta"), ("--rank", "two"), ("--tokens", "1e5")],
     "train-sae": [("--k", 500), ("--k", 0), ("--batch", 100_000), ("--batch", 0), ("--tokens", 1),
                   ("--tokens", HUGE), ("--width", 10**11), ("--width", 0), ("--lr", "nan"),
                   ("--lr", -1), ("--lr", "inf"), ("--seed", HUGE), ("--layer", 4), ("--layer", -1),
@@ -142,7 +142,8 @@ def basis(world, case, command: str) -> list:
     (command, *pair) for command, pairs in OPTIONS.items() for pair in pairs],
     ids=lambda v: str(v)[:24])
 def test_options_have_ranges(tiny_world, case, command, option, value):
-    ran = tiny_world.run(*basis(tiny_world, case, command), option, value)
+    base = basis(tiny_world, case, command)
+    ran = tiny_world.run(*base, option, value, limits=dict(CPU=8))
     named = option.strip("-") if command != "nothing" else "nothing"
     holds(tiny_world, ran, [case / "out"], refused=True, words=[named], seconds=QUICK)
     assert not (case / "out").exists(), f"{ran.line} left {list((case / 'out').rglob('*'))}"
