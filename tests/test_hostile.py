@@ -613,11 +613,7 @@ def test_damaged_states(tiny_world, case, name):
     out = copied(tiny_world / "stopped", case)
     STATES[name](out / STATE)
     ran = tiny_world.run(*tiny_world.adapt(out, budget=LONGER), "--resume")
-    holds(tiny_world, ran, refused=True, words=[STATE])
-
-
-def other_model(w) -> list:
-    return ["--model", w / "other-model"]
+    holds(tiny_world, ran, [out], refused=True, words=[STATE])
 
 
 OTHERS = {
@@ -641,7 +637,7 @@ def test_a_run_goes_on_as_itself_alone(tiny_world, case, name):
     if name == "another SAE":
         arguments[arguments.index("--sae") + 1] = tiny_world / "other-sae"
         del arguments[-2:]
-    holds(tiny_world, tiny_world.run(*arguments), refused=True, words=words)
+    holds(tiny_world, tiny_world.run(*arguments), [out], refused=True, words=words)
 
 
 def test_nothing_goes_on_in_a_folder_of_others(tiny_world, case):
@@ -690,7 +686,7 @@ def test_damaged_files_of_parameters(tiny_world, case, name):
     holds(tiny_world, ran, refused=True, words=["00_tiny"])
 
 
-ROWS = {"cut": cut, "garbled": garbled, "a list": lambda p: p.write_text("[]\n"),
+ROWS = {"cut": lambda p: cut(p, 0.3), "garbled": garbled, "a list": lambda p: p.write_text("[]\n"),
         "a number": lambda p: p.write_text("7\n"), "null": lambda p: p.write_text("null\n"),
         "a folder": as_folder, "no key": lambda p: p.write_text('{"metrics": {}}\n'),
         "no metrics": lambda p: p.write_text('{"key": "a"}\n'),
