@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EMBEDDED_TEXTS', 'CHECKED', 'SPARE', 'SAE_CARD', 'SAE_MEASURED', 'held_out', 'report', 'sentence', 'ready', 'budget',
-           'short_check', 'write_report', 'read_report', 'run_adapt', 'stretches', 'sae_card', 'measure_sae',
-           'run_train_sae']
+           'short_check', 'write_report', 'read_report', 'is_evaluation', 'run_adapt', 'stretches', 'sae_card',
+           'measure_sae', 'run_train_sae']
 
 # %% ../nbs/10b_adapt.ipynb #ded51370
 import json, math, tempfile
@@ -141,6 +141,13 @@ def read_report(folder: Path) -> dict:
         if not isinstance(r, dict) or not isinstance(r.get(key), kind):
             raise UsageError(f"{file} is damaged: it does not say {key!r}; {told}")
     return r
+
+# %% ../nbs/10b_adapt.ipynb #bd3edb7d
+def is_evaluation(path: Path) -> bool:
+    "Whether a file is a report that `evaluate` wrote."
+    try: r = json.loads(path.read_text())
+    except (ValueError, OSError, RecursionError): return False
+    return isinstance(r, dict) and r.get("command") == "evaluate"
 
 # %% ../nbs/10b_adapt.ipynb #25b81fba
 def _picture(folder: Path, curve: list[dict], r: dict):

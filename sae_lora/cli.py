@@ -5,33 +5,31 @@
 # %% auto #0
 __all__ = ['MOST_LAYERS', 'MODELS', 'app', 'Json', 'Seed', 'Model', 'Source', 'Out', 'Tokens', 'Device', 'Saes', 'Resume',
            'Force', 'Rate', 'Rank', 'Layers', 'Length', 'Recipe', 'Keep', 'Batch', 'Measured', 'SHOWN', 'parse_saes',
-           'parse_layers', 'parse_batch', 'show', 'Terminated', 'Halted', 'check', 'adapt', 'demo', 'passage',
-           'is_evaluation', 'evaluate', 'train_sae', 'parse_parameters', 'run', 'build', 'main']
+           'parse_layers', 'parse_batch', 'show', 'check', 'adapt', 'demo', 'passage', 'evaluate', 'train_sae',
+           'parse_parameters', 'run', 'build', 'main']
 
 # %% ../nbs/11_cli.ipynb #dbe02b93
-from .files import STATE, UsageError, cache_path, free_file, one_line, patient_threads
+from .files import UsageError, free_file, one_line, patient_threads
 
 patient_threads()  # before torch is loaded
 
-import functools, json, math, signal, sys, tempfile, time, traceback, warnings
+import functools, json, math, signal, sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
-import torch
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as hf_logging
-from typer.exceptions import TyperException
 
-from .adapt import (held_out, read_report, ready, report, run_adapt, run_train_sae,
-                            sae_card, sentence, stretches, write_report)
+from .adapt import (held_out, is_evaluation, read_report, ready, report, run_adapt,
+                            run_train_sae, sae_card, sentence, stretches, write_report)
 from .check import duration, expected, fuses, lines, preflight, warnings_of
+from .ending import Terminated, halted, outcome
 from .experiments import build_site, experiments, run_experiment, settings
 from .lm import load_lm, processes
-from .loop import Stopped
 from .lora import attach_adapter, no_share
 from .sae import hook_name, load_sae, site
 from .train import ADAPTER, RANGES, SEEDS, auto_batch
@@ -117,25 +115,6 @@ def show(r: dict, console: Console):
 app = typer.Typer(help="Fine-tune a language model around its sparse autoencoder with LoRA.",
                   no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
-# %% ../nbs/11_cli.ipynb #4c3c14c6
-class Terminated(KeyboardInterrupt):
-    "SIGTERM came."
-
-class Halted(Exception):
-    "A command was told to stop, by a signal."
-    def __init__(self, said: str, number: int):
-        super().__init__(said)
-        self.number = number
-
-def _halted(e: KeyboardInterrupt, out=None) -> Halted:
-    "What to say of a command that was told to stop; `out` is the folder of one that can go on."
-    number = signal.SIGTERM if isinstance(e, Terminated) else signal.SIGINT
-    if isinstance(e, Stopped): number = e.number
-    if out is None: return Halted("stopped", number)
-    if (out / STATE).exists():
-        return Halted(f"{e if isinstance(e, Stopped) else 'stopped'}; go on with --resume", number)
-    return Halted("stopped before a state was saved; start again, --resume or not", number)
-
 # %% ../nbs/11_cli.ipynb #d7410726
 def _command(**settings):
     "Register a function as a command, whose interruption is told in one line."
@@ -144,7 +123,7 @@ def _command(**settings):
         def run(*args, **kwargs):
             try: return function(*args, **kwargs)
             except KeyboardInterrupt as e:
-                raise _halted(e, kwargs.get("out") if "resume" in kwargs else None) from None
+                raise halted(e, kwargs.get("out") if "resume" in kwargs else None) from None
         app.command(**settings)(run)
         return function
     return register
@@ -283,13 +262,6 @@ def passage(tok, console: Console, ids, spliced, adapted):
 _KEPT = ("trained_on", "cut", "tokens", "seed", "recipe", "rank", "layers", "changes",
          "train_seconds", "tokens_per_second")
 
-# %% ../nbs/11_cli.ipynb #79c3d6cd
-def is_evaluation(path: Path) -> bool:
-    "Whether a file is a report that `evaluate` wrote."
-    try: r = json.loads(path.read_text())
-    except (ValueError, OSError, RecursionError): return False
-    return isinstance(r, dict) and r.get("command") == "evaluate"
-
 # %% ../nbs/11_cli.ipynb #45414f4b
 @_command()
 def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or demo wrote.")],
@@ -377,32 +349,6 @@ def build(out: _option(Path, "Folder to build in.") = Path("_site"),
     "Build the book as a web site from rows and outputs that exist, with Quarto, else smalldocs."
     print(build_site(out, serve))
 
-# %% ../nbs/11_cli.ipynb #2c124818
-_CROWDED = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
-
-def _kept(e: Exception) -> Path:
-    "The file where the traceback of `e` is from now on."
-    name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}.txt"
-    for folder in (cache_path("errors"), Path(tempfile.gettempdir())):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text("".join(traceback.format_exception(e)))
-            return folder / name
-        except OSError: pass
-    return Path("nowhere, as nothing can be written")
-
-def _outcome(e: Exception) -> tuple[int, str]:
-    "The exit code for an exception, and what to say of it."
-    if isinstance(e, Halted): return 128 + e.number, str(e)
-    if isinstance(e, UsageError): return 2, str(e)
-    if isinstance(e, TyperException):
-        said = e.format_message()  # nothing, where help was printed
-        return 2, said and f"{said}; --help tells what is allowed"
-    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(c in str(e) for c in _CROWDED):
-        return 2, ("there is not enough memory for this; give fewer rows a step (--batch), "
-                   "shorter rows (--length), or a smaller model")
-    return 1, f"{type(e).__name__}, which was not foreseen: {one_line(e, 99)}; see {_kept(e)}"
-
 # %% ../nbs/11_cli.ipynb #c9fffef5
 def _terminated(number, frame): raise Terminated
 
@@ -413,6 +359,6 @@ def main():
     signal.signal(signal.SIGTERM, _terminated)
     try: code = app(standalone_mode=False)
     except Exception as e:
-        code, said = _outcome(e)
+        code, said = outcome(e)
         if said: print(one_line(f"sae-lora: {said}"), file=sys.stderr)
     raise SystemExit(code or 0)

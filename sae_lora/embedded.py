@@ -102,10 +102,10 @@ def quietly(load, *args, **kwargs):
     finally:
         if shown: hf_logging.enable_progress_bar()
 
-def load_gguf(path: Path, dtype=torch.float32) -> tuple:
-    "Model and tokenizer from a GGUF file, dequantised."
+def load_gguf(path: Path, dtype=torch.float32, **options) -> tuple:
+    "Model and tokenizer from a GGUF file, dequantised; `options` go to `from_pretrained`."
     lm = quietly(AutoModelForCausalLM.from_pretrained, path.parent, gguf_file=path.name,
-                 quantization_config=GgufConfig(dequantize=True), dtype=dtype)
+                 quantization_config=GgufConfig(dequantize=True), dtype=dtype, **options)
     return lm, quietly(AutoTokenizer.from_pretrained, path.parent, gguf_file=path.name)
 
 # %% ../nbs/00a_embedded.ipynb #1b080592

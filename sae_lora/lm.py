@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
-from .embedded import EMBEDDED, embedded, load_gguf, quietly
+from .embedded import EMBEDDED, embedded, quietly
 from .files import UsageError
+from .pretrained import from_pretrained, load_tokenizer
 
 # %% ../nbs/01_lm.ipynb #5ae51034
 @lru_cache
@@ -101,28 +102,10 @@ def _room(lm, device: torch.device, need: int):
     try: yield
     except torch.OutOfMemoryError: raise _no_room(lm, device, need, None) from None
 
-# %% ../nbs/01_lm.ipynb #cda53467
-def _from_pretrained(name: str, dtype) -> tuple:
-    "Model and tokenizer of a hub id, a folder or a GGUF file."
-    path, safe = Path(name).expanduser(), dict(trust_remote_code=False)
-    if path.suffix == ".gguf" and path.is_file(): return load_gguf(path, dtype)
-    if name.startswith((".", "/", "~")) and not path.exists():
-        raise UsageError(f"model {name!r}: no such file or folder")
-    place = str(embedded(name)) if name in EMBEDDED else str(path) if path.exists() else name
-    try:
-        kinds = dict(dtype=dtype, use_safetensors=True)
-        lm = quietly(AutoModelForCausalLM.from_pretrained, place, **kinds, **safe)
-        return lm, quietly(AutoTokenizer.from_pretrained, place, **safe)
-    except (OSError, ValueError) as e:
-        said = str(e).strip().splitlines()[0][:160]
-        kinds = f"{', '.join(EMBEDDED)}, a hub id, a folder with config.json and safetensors"
-        raise UsageError(f"model {name!r} could not be loaded ({said}); "
-                         f"give {kinds}, or a .gguf file") from None
-
 # %% ../nbs/01_lm.ipynb #d201a94b
 def _frozen(name: str, dtype: torch.dtype) -> tuple:
     "Model and tokenizer, on the processor, under the name that the user gave it."
-    lm, tok = _from_pretrained(name, dtype)
+    lm, tok = from_pretrained(name, dtype)
     lm.name_or_path = lm.config._name_or_path = name
     return lm.eval().requires_grad_(False), tok
 
@@ -139,7 +122,7 @@ def load_lm(model="smollm2-135m", dtype: torch.dtype | None = None,
     if isinstance(model, nn.Module):
         name = model.config._name_or_path
         place = embedded(name) if name in EMBEDDED else name
-        return model, quietly(AutoTokenizer.from_pretrained, place)
+        return model, load_tokenizer(place, local=Path(place).exists())
     place = _checked(device)
     load = partial(_frozen, str(model), dtype or _default_dtype(place))
     if spread: return _in_turn(load)

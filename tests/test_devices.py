@@ -22,8 +22,12 @@ TOLERANCE = 1e-5  # of the size of a result: the device's attention adds in anot
 
 # What no entry tries, because it touches no tensor, or none on a device.
 NO_TENSORS = {
+    "ending.*": "words",
     "embedded.*": "files; its models are loaded as any other",
     "files.*": "paths and files",
+    "checked.*": "files; what is read goes to no device",
+    "hub.*": "asks the network",
+    "documents.*": "text",
     "plots.*": "tables in, figures out",
     "results.*": "rows of numbers in a file",
     "text.docstrings": "text",
@@ -35,6 +39,7 @@ NO_TENSORS = {
     "check.tokens_in": "arithmetic",
     "train.auto_batch": "arithmetic",
     "adapt.read_report": "a file",
+    "adapt.is_evaluation": "a file",
     "loss.bf16_pays": "asks the hardware",
     "loss.can_compile": "makes a kernel, in test_training and test_gpu",
     "lm.default_device": "a name, in test_lm",

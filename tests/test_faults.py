@@ -99,7 +99,7 @@ def test_a_folder_without_a_stopped_run_is_not_resumed(sae_lora, tmp_path, comma
 
 @pytest.mark.parametrize("name, content, words", [
     ("empty.txt", b"", ["too short"]), ("short.txt", b"a few words only", ["too short"]), ("binary.txt", bytes(range(256)) * 40, ["not readable"]),
-    ("bad.jsonl", b'{"text": "one"}\n{oops\n', ["not readable"]), ("bad.parquet", b"not parquet at all", ["not readable"]),
+    ("bad.jsonl", b'{"text": "one"}\n{oops\n', ["line 2", "not JSON"]), ("bad.parquet", b"not parquet at all", ["not readable"]),
     ("text.docx", b"PK", [".docx"]), ("columns.jsonl", b'{"a": "x", "b": "y"}\n', ["no column of text"]),
 ])
 def test_wrong_text(sae_lora, tmp_path, name, content, words):

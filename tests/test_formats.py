@@ -191,4 +191,4 @@ def test_pushing_sends_the_whole_folder(tmp_path, monkeypatch):
     assert lora.push_to_hub(tmp_path / "a", "you/it", private=True) == "https://hub/you/it"
     assert sent == dict(token=None, private=True, files=sorted(p.name for p in (tmp_path / "a").iterdir()))
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors", "sae-1", "sae_lora.json"} <= set(sent["files"])
-    with pytest.raises(UsageError, match="no sae_lora.json"): lora.push_to_hub(tmp_path, "you/it")
+    with pytest.raises(UsageError, match="sae_lora.json: no such file"): lora.push_to_hub(tmp_path, "you/it")
