@@ -67,7 +67,8 @@ Count = Annotated[int, Ge(1), Le(2**40)]
 Finite = Annotated[float, Gt(-math.inf), Lt(math.inf)]
 
 _WORDS = {"dict_type": "an object", "list_type": "a list", "string_type": "text",
-          "int_type": "a whole number", "float_type": "a number", "bool_type": "true or false"}
+          "int_type": "a whole number", "float_type": "a number", "bool_type": "true or false",
+          "none_required": "null", "too_short": "a list that is not empty"}
 
 @lru_cache(64)
 def _judge(schema):

@@ -17,7 +17,10 @@ from unittest.mock import patch
 import pandas as pd
 from safetensors import safe_open
 from safetensors.torch import save_file
+from typing_extensions import TypedDict
 
+from .checked import (Finite, conforming, mistake, parse_json, read_tensors,
+                              read_yaml)
 from .files import UsageError, cache_path, data_path, written
 from .lm import device_of, load_lm, processes
 from .lora import add_lora, lora_parameters
@@ -85,6 +88,7 @@ def _made_of(lm, blocks, layer: int, width: int, k: int, tokens: int, seed: int 
 
 _several = lambda specs: specs if isinstance(specs, list) else [specs]
 
+# %% ../nbs/10_experiments.ipynb #44574c4a
 def gather(runs: list[dict]):
     "Put the hidden states that the SAEs of `runs` (`sae`, a spec or a list of them) are yet to be trained on into the cache: one pass for all their layers."
     lm, _, blocks = world(*(runs[0][k] for k in WORLD))
@@ -92,6 +96,7 @@ def gather(runs: list[dict]):
     layers = sorted({s["layer"] for s in specs if not cache_path("saes", key(_made_of(lm, blocks, **s))).exists()})
     if layers: harvest(lm, blocks.train, layers, cached=True)
 
+# %% ../nbs/10_experiments.ipynb #db6c7e37
 def trained_sae(lm, blocks, **spec):
     "A TopK SAE for `lm`, trained on `tokens` positions of the training rows (`layer, width, k, tokens`, `seed`); from the cache where it was trained before."
     p = _made_of(lm, blocks, **spec)
@@ -117,6 +122,7 @@ def cacheable(lm, tokens: int, recipe: str = "fast") -> bool:
     width, size = lm.config.get_text_config().hidden_size, next(lm.parameters()).element_size()
     return recipe == "fast" and not processes() and 2 * tokens * width * size < 2**29
 
+# %% ../nbs/10_experiments.ipynb #cbb5b8cb
 @contextmanager
 def adapted(lm, saes: dict, rows, *runs: dict):
     "Inside, `lm` carries an adapter for each of `runs` (`rank, layers, tokens, recipe, seed`, and `lr` or `keep_unspliced` if wanted; all but the rank alike), trained on `rows`; gives their curves by name."
@@ -134,11 +140,14 @@ def adapted(lm, saes: dict, rows, *runs: dict):
     finally:
         for name in names: lm.delete_adapter(name)
 
+# %% ../nbs/10_experiments.ipynb #bb4932a8
 def _recalled(lm, path: Path) -> dict:
     "Put the weights in `path` into the adapter of `lm`; its curves."
-    with safe_open(path, "pt") as f:
-        for n, p in lora_parameters(lm).items(): p.data.copy_(f.get_tensor(n))
-        return json.loads(f.metadata()["curves"])
+    parameters, mend = lora_parameters(lm), "delete it; it is made again"
+    tensors = read_tensors(path, {n: tuple(p.shape) for n, p in parameters.items()}, mend)
+    for n, p in parameters.items(): p.data.copy_(tensors[n])
+    with safe_open(path, "pt") as f: about = f.metadata() or {}
+    return parse_json(about.get("curves", ""), path, mend)
 
 # %% ../nbs/10_experiments.ipynb #99a1b6ff
 def adapted_rows(group: list[dict]):
@@ -188,14 +197,33 @@ def defaults(name: str) -> dict:
     except (ValueError, AttributeError): raise UsageError(f"{name}: the cell tagged parameters may hold lines like `rank = 16` alone") from None
 
 # %% ../nbs/10_experiments.ipynb #c119db5c
+_SPEC = str | dict[str, object]  # an SAE: one that is there, or what to train
+
+def _allowed(name: str, default):
+    "What may stand in the place of a parameter's default: values of its type, and lists of such."
+    if name in ("sae", "saes"): return _SPEC | list[_SPEC]
+    if isinstance(default, list) and default: return list[_allowed(name, default[0])]
+    kinds = {bool: bool, int: int, float: float, str: str, list: list, dict: dict}
+    return kinds.get(type(default), object)
+
+# %% ../nbs/10_experiments.ipynb #25752b6e
 def settings(name: str, size: str = "laptop", params: dict = {}) -> tuple[dict, float]:
-    "The parameters of a run, from the experiment's file for `size` with `params` on top, and the estimate in minutes that the file gives. Refuses unknown names."
-    known, path = defaults(name), project() / "nbs" / "experiments" / "params" / size / f"{name}.yml"
-    if not path.exists(): raise UsageError(f"{name} has no size {size!r}; give one of {', '.join(s for s in SIZES if (path.parent.parent / s / path.name).exists())}")
-    values = _dev("yaml").safe_load(path.read_text()) or {}
-    minutes, values = values.pop("estimate_minutes", 0), values | params
-    if unknown := sorted(values.keys() - known.keys()): raise UsageError(f"{name} has no parameter {unknown[0]!r}; it has {', '.join(known)}")
-    return values, minutes
+    """The parameters of a run, from the experiment's file for `size` with `params` on top, and the
+    estimate in minutes that the file gives. Raises `UsageError` for unknown names and other types."""
+    known, folder = defaults(name), project() / "nbs" / "experiments" / "params"
+    sizes = [s for s in SIZES if (folder / s / f"{name}.yml").exists()]
+    if size not in sizes:
+        raise mistake(f"experiment {name}", f"it has no size {size!r}", f"give {', '.join(sizes)}")
+    path = folder / size / f"{name}.yml"
+    values = dict(read_yaml(path, dict[str, object] | None) or {})
+    minutes = conforming(values.pop("estimate_minutes", 0), Finite, f"{path}, estimate_minutes")
+    allowed = TypedDict("Parameters", {n: _allowed(n, v) for n, v in known.items()}, total=False)
+    for where, given in ((path, values), (f"experiment {name}", params)):
+        if unknown := sorted(given.keys() - known.keys()):
+            told = f"no parameter {str(unknown[0])[:40]!r}; it has {', '.join(known)}"
+            raise mistake(where, told, "give one of these")
+        conforming(given, allowed, where, "give a value like its default")
+    return values | params, minutes
 
 # %% ../nbs/10_experiments.ipynb #def6d1a0
 def tidy(nb):
@@ -289,6 +317,7 @@ def _mathml(page: Path):
 # %% ../nbs/10_experiments.ipynb #e3233d61
 SITE = ".sae-lora-site"  # the file that tells a site of ours from any other folder
 
+# %% ../nbs/10_experiments.ipynb #4faeb126
 def build_site(out="_site", serve: bool = False) -> Path:
     "Build the site into the folder `out`, from rows and outputs that exist: nothing is trained. With `serve`, show it at http://localhost:4200 until stopped."
     _dev("nbdev")

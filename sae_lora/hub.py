@@ -6,7 +6,7 @@
 __all__ = ['PATIENCE', 'reachable', 'asking', 'why']
 
 # %% ../nbs/00c_hub.ipynb #a814aebb
-import logging, sys, time, warnings
+import logging, os, sys, time, warnings
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from threading import Thread
@@ -59,7 +59,8 @@ def asking(hub: bool = True):
     "Inside, the hub is asked, if `hub` and it can be reached; else only what is on this machine."
     offline = not (hub and reachable())
     configs = [constants, sys.modules.get("datasets.config")]
-    with _quiet(), ExitStack() as switched:
+    unasked = {"DISABLE_SAFETENSORS_CONVERSION": "1"}  # else transformers writes to the hub's bot
+    with _quiet(), patch.dict(os.environ, unasked), ExitStack() as switched:
         for config in configs if offline else ():
             if config: switched.enter_context(patch.object(config, "HF_HUB_OFFLINE", True))
         yield

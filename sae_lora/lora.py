@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Annotated, Callable, Literal, NamedTuple
 
 import torch
-from annotated_types import Ge, Lt, MinLen
+from annotated_types import Ge, Gt, Lt, MinLen
 from huggingface_hub import HfApi, snapshot_download
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from .checked import Count, Finite, mistake, no_file, read_json, read_tensors, said
-from .files import UsageError, written
+from .files import UsageError, in_range, written
 from .hub import asking, why
 from .lm import layers as blocks_of, linears, load_lm, quietly, special_ids
 from .sae import fingerprint, hook_name, load_sae, save_sae, site
@@ -57,7 +57,10 @@ def add_lora(lm, saes: dict | None = None, rank: int = 16, layers="after", roles
 
     `alpha` is `rank` unless given, so that the scale α/r is 1 at every rank. `options` go to `peft.LoraConfig` (`lora_dropout`, `use_rslora`, `use_dora`, …).
     The adapter is float32, trainable and active; everything else stays frozen. Further adapters go beside it under other names."""
+    most = max(lm.config.get_text_config().hidden_size, 256)  # more than the width adds nothing
     if rank < 1: raise UsageError(f"rank {rank}; give 1 or more")
+    if rank > most or rank != int(rank): raise UsageError(f"rank {rank}; give 1 to {most}")
+    if alpha is not None: in_range("alpha", alpha, 1e-6, 1e6)
     if lora_parameters(lm, name): raise UsageError(f"the model has an adapter {name!r} already; give another name, delete it with lm.delete_adapter, or train that one")
     targets = [name for i in _chosen(lm, layers, saes) for name in linears(lm, i, roles)]
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -260,8 +263,14 @@ def _own_saes(folder: Path, entries: list[dict], given: dict | None) -> dict:
     return saes
 
 # %% ../nbs/04_lora.ipynb #0c3c9bab
-AdapterConfig = TypedDict("AdapterConfig", {
-    "peft_type": Literal["LORA"], "r": Count, "lora_alpha": Finite, "target_modules": list[str]})
+_LoRA = TypedDict("_LoRA", {
+    "peft_type": Literal["LORA"], "r": Count, "lora_alpha": Annotated[Finite, Gt(0)],
+    "target_modules": list[str], "use_rslora": bool, "use_dora": bool, "fan_in_fan_out": bool,
+    "rank_pattern": dict[str, Count], "alpha_pattern": dict[str, Finite], "lora_bias": bool,
+    "lora_dropout": Annotated[float, Ge(0), Lt(1)], "modules_to_save": list[str] | None})
+_OTHER = ("layers_to_transform", "layer_replication", "alora_invocation_tokens")
+AdapterConfig = TypedDict("AdapterConfig", _LoRA.__annotations__ | {
+    name: NotRequired[None] for name in _OTHER})  # would change what the adapter does
 
 # %% ../nbs/04_lora.ipynb #09a7d72b
 def _expected(lm, config, where: Path) -> dict:
@@ -297,11 +306,13 @@ def attach_adapter(lm, source, saes: dict | None = None, trainable: bool = False
 
     Raises `UsageError` where a file is missing, damaged or for another model, or an SAE is not the
     one that the adapter was trained with."""
+    if lora_parameters(lm, "default"):
+        raise UsageError("the model carries an adapter; delete it first, with lm.delete_adapter")
     folder = _folder(source)
     saes = check_saes(lm, _own_saes(folder, _about(folder)["saes"], saes))
     _check_adapter(folder, lm)
     try:
-        with asking(False): lm.load_adapter(str(folder), is_trainable=trainable)
+        with asking(False): quietly(lm.load_adapter, str(folder), is_trainable=trainable)
     except Exception as e:
         raise mistake(folder, f"cannot be put on this model ({said(e, 120)})", _MEND) from None
     lm.eval()

@@ -138,7 +138,8 @@ def _gguf(path: Path, dtype) -> tuple:
 def load_tokenizer(place, where=None, local: bool = False):
     "The tokenizer of a folder or hub id. Raises `UsageError` where it cannot be had."
     try:
-        with asking(not local): return quietly(AutoTokenizer.from_pretrained, place)
+        with asking(not local):
+            return quietly(AutoTokenizer.from_pretrained, place, trust_remote_code=False)
     except Exception as e:  # one broken file fails in one way, another in another
         told = f"its tokenizer cannot be read ({said(e) if local else why(e)})"
         mend = "save or fetch its tokenizer again" if local else _GIVE

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .checked import read_json
 from .documents import documents
-from .files import UsageError, cache_path, data_path, written
+from .files import UsageError, cache_path, data_path, in_range, written
 
 # %% ../nbs/00_text.ipynb #67544b82
 DOCS = "torch transformers numpy scipy pandas sympy matplotlib networkx".split()
@@ -298,6 +298,8 @@ def token_blocks(source, tok, length: int = 256, tokens: int = 2**21, valid_toke
     `between` is not two lengths, or `sep` no token."""
     start, end = beginning(tok, sep), separator(tok, sep)
     _check_lengths(length, between, len(start))
+    in_range("share", share, 0, 1), in_range("cut", cut, 0, 1)
+    in_range("tokens", tokens, 0, 2**40), in_range("valid_tokens", valid_tokens, 0, 2**40)
     documents = corpus(source) if isinstance(source, str) else source
     sides = partial(_sides, share=share, cut=cut, between=between)
     got = _tokens(documents, tok, {False: tokens, True: valid_tokens}, sides, lead)
