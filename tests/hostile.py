@@ -2,6 +2,8 @@
 
 `python tests/hostile.py --mutants 200 --seeds 3 --kills 20` is the longer campaign: it prints how
 many of each kind went wrong, each with the command line that does it again, and ends with 1 if any.
+`python tests/hostile.py --again KIND WAY NUMBER` does one of its damages again, and with a command,
+an option and a value one of its options.
 """
 import argparse
 import hashlib
@@ -466,17 +468,22 @@ def told_of(ran: Ran, wrong: list[str]) -> str:
 
 # The longer campaign.
 
-def mutants_of(world: World, examples: int, seed: int, note) -> None:
+def again(drawn) -> str:
+    "The command line that does again what was drawn."
+    return f"python tests/hostile.py --again {shlex.join(map(str, drawn))}"
+
+
+def mutants_of(world: World, examples: int, seed: int, note):
     "Draw damages and options, run each, and `note` what is wrong with it."
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seeded
-    from test_fuzz import DAMAGES, VALUES, tried_damage, tried_value
+    from test_fuzz import DAMAGES, VALUES, tried
     own = settings(max_examples=examples, deadline=None, database=None, phases=[Phase.generate],
                    suppress_health_check=list(HealthCheck))
-    damages = own(given(DAMAGES)(lambda d: note(f"{d[0]}, {d[1]}", *tried_damage(world, *d))))
-    values = own(given(VALUES)(lambda v: note(f"{v[0]} {v[1]}", *tried_value(world, *v))))
-    seeded(seed)(damages)()
-    seeded(seed)(values)()
+    damages = lambda d: note(f"file: {d[0]}", *tried(world, *d), again(d))
+    values = lambda v: note(f"option: {v[0]} {v[1]}", *tried(world, *v), again(v))
+    for draws, one in ((DAMAGES, damages), (VALUES, values)):
+        seeded(seed)(own(given(draws)(one)))()
 
 
 def kills_of(world: World, number: int, seed: int, note, cache: str):
@@ -490,35 +497,69 @@ def kills_of(world: World, number: int, seed: int, note, cache: str):
         longest = 20.0 if command == "demo" else 2.5
         kill = Kill(command, numbers[i % 3], draw.random() * longest, draw.random() < 0.7)
         wrong, ran = killed.wrong(kill)
-        note(f"kill {command}, {signal.Signals(kill.number).name}", wrong, ran)
+        note(f"kill: {command}, {signal.Signals(kill.number).name}", wrong, ran, f"{kill}")
 
 
-def campaign(mutants: int, seeds: int, kills: int) -> int:
-    "Run all, print what went wrong, and give the exit code."
-    count, failed, began = Counter(), {}, time.time()
+class Notes:
+    "What was tried, and what went wrong, by kind."
+    def __init__(self):
+        self.tried, self.wrong, self.began = Counter(), Counter(), time.time()
 
-    def note(kind: str, wrong: list[str], ran: Ran):
-        count[kind] += 1
+    def __call__(self, kind: str, wrong: list[str], ran: Ran, drawn: str):
+        "Note one; print it where something is wrong."
+        self.tried[kind] += 1
         if wrong:
-            failed.setdefault(kind, []).append(told_of(ran, wrong))
-            print(told_of(ran, wrong), flush=True)
+            self.wrong[kind] += 1
+            print(f"{kind}\n    {drawn}\n    {told_of(ran, wrong)}\n", flush=True)
+
+    def table(self) -> str:
+        "All kinds, with how many went wrong."
+        rows = [("kind", "tried", "wrong"), *((k, n, self.wrong[k]) for k, n in
+                                              sorted(self.tried.items())),
+                (f"all, in {time.time() - self.began:.0f} s", self.tried.total(),
+                 self.wrong.total())]
+        return "\n".join(f"{kind:40}{n:>8}{wrong:>8}" for kind, n, wrong in rows)
+
+
+def campaign(world: World, mutants: int, seeds: int, kills: int) -> int:
+    "Run all, print what went wrong, and give the exit code."
+    notes = Notes()
     cache = os.environ.get("SAE_LORA_CACHE") or str(Path.home() / ".cache" / "sae-lora")
+    for seed in range(seeds):
+        mutants_of(world, mutants, seed, notes)
+    kills_of(world, kills, seeds, notes, cache)
+    print(notes.table())
+    return 1 if notes.wrong else 0
+
+
+def once_more(world: World, first: str, second: str, third: str) -> int:
+    "Do again what was drawn, print all of it, and give the exit code."
+    from test_fuzz import tried
+    wrong, ran = tried(world, first, second, third)
+    print(told_of(ran, wrong), ran.err, sep="\n\n")
+    return 1 if wrong else 0
+
+
+def options():
+    "What the command line says."
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name, number in (("mutants", 200), ("seeds", 3), ("kills", 20)):
+        parser.add_argument(f"--{name}", type=int, default=number)
+    parser.add_argument("--again", nargs=3)
+    return parser.parse_args()
+
+
+def main() -> int:
+    "The campaign, or one of its commands again."
+    given = vars(options())
+    one = given.pop("again")
     with tempfile.TemporaryDirectory() as folder:
         world = World(Path(folder).resolve())
-        for seed in range(seeds):
-            mutants_of(world, mutants, seed, note)
-        kills_of(world, kills, seeds, note, cache)
-        world.close()
-    print(f"\n{'kind':44}{'tried':>6}{'wrong':>6}")
-    for kind, n in sorted(count.items()):
-        print(f"{kind:44}{n:6}{len(failed.get(kind, [])):6}")
-    total = sum(map(len, failed.values()))
-    print(f"{'all':44}{sum(count.values()):6}{total:6}   in {time.time() - began:.0f} s")
-    return 1 if failed else 0
+        try:
+            return once_more(world, *one) if one else campaign(world, **given)
+        finally:
+            world.close()
 
 
 if __name__ == "__main__":
-    options = argparse.ArgumentParser(description=__doc__)
-    for name, number in (("mutants", 200), ("seeds", 3), ("kills", 20)):
-        options.add_argument(f"--{name}", type=int, default=number)
-    raise SystemExit(campaign(**vars(options.parse_args())))
+    raise SystemExit(main())

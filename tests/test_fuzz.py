@@ -48,6 +48,13 @@ def tried_value(world, command: str, option: str, value: str):
         world.tidy(case)
 
 
+def tried(world, first: str, second: str, third):
+    "One of both: what is wrong, and what was left."
+    if first in KINDS:
+        return tried_damage(world, first, second, int(third))
+    return tried_value(world, first, second, third)
+
+
 @settings(max_examples=60, **FEW)
 @given(DAMAGES)
 def test_damaged_files(tiny_world, damage):  # noqa: F811
