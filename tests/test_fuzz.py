@@ -4,12 +4,10 @@ import signal
 import time
 
 import pytest
-from hostile import Kill, Killed, compared, judged, told_of, WEIGHTS
+from hostile import WEIGHTS, Kill, Killed, compared, judged, told_of
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mutants import DRAWN, KINDS, OF_BYTES, TRIED, WAYS, damaged, with_option
-
-from test_hostile import tiny_world  # noqa: F401
 
 NUMBERS = st.integers(0, 2**40)
 DAMAGES = st.sampled_from(list(KINDS)).flatmap(lambda name: st.tuples(
@@ -57,20 +55,20 @@ def tried(world, first: str, second: str, third):
 
 @settings(max_examples=60, **FEW)
 @given(DAMAGES)
-def test_damaged_files(tiny_world, damage):  # noqa: F811
+def test_damaged_files(tiny_world, damage):
     wrong, ran = tried_damage(tiny_world, *damage)
     assert not wrong, f"{damage}: {told_of(ran, wrong)}"
 
 
 @settings(max_examples=40, **FEW)
 @given(VALUES)
-def test_values_of_options(tiny_world, value):  # noqa: F811
+def test_values_of_options(tiny_world, value):
     wrong, ran = tried_value(tiny_world, *value)
     assert not wrong, f"{value}: {told_of(ran, wrong)}"
 
 
 @pytest.fixture(scope="module")
-def killed(tiny_world):  # noqa: F811
+def killed(tiny_world):
     "Commands that are stopped and go on."
     return Killed(tiny_world)
 
@@ -86,7 +84,7 @@ def test_killed_and_gone_on_with(killed, kill):
     assert not wrong, told_of(ran, wrong)
 
 
-def test_two_runs_do_not_share_a_folder(tiny_world, killed):  # noqa: F811
+def test_two_runs_do_not_share_a_folder(tiny_world, killed):
     out = tiny_world.case() / "out"
     first = tiny_world.start(*killed.arguments("adapt", out))
     while not (out / "state.safetensors").exists():

@@ -7,21 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
-from hostile import BUDGET, LINE, LONGER, World, judged, told_of
+from hostile import BUDGET, LINE, LONGER, judged, told_of
 from mutants import (ABSENT, added, another, arrays, as_folder, as_link, copied, cut, edited,
                      emptied, flip, garbled, pickled, removed, tensors, without)
 
 HUGE = 2**70
 LONG_NAME = "x" * 300
 QUICK = 3.0  # seconds that a mistake may take which can be known before a model is loaded
-
-
-@pytest.fixture(scope="session")
-def tiny_world(tmp_path_factory):
-    "The folder with everything that commands read."
-    world = World(tmp_path_factory.mktemp("world"))
-    yield world
-    world.close()
 
 
 @pytest.fixture
