@@ -171,6 +171,43 @@ def write_model(folder: Path, seed: int = 0, **settings):
     tokenizer().save_pretrained(folder)
 
 
+HEADS = dict(attn_q=(32, 32), attn_k=(16, 32), attn_v=(16, 32), attn_output=(32, 32),
+             ffn_gate=(64, 32), ffn_up=(64, 32), ffn_down=(32, 64))
+
+
+def gguf_tensors(tokens: int, blocks: int = 4):
+    "Names and weights of a tiny Llama, as GGUF has them."
+    import numpy as np
+    draw = np.random.default_rng(0)
+    of_blocks = {f"blk.{i}.{n}": shape for i in range(blocks) for n, shape in HEADS.items()}
+    norms = ["output_norm", *(f"blk.{i}.{n}_norm" for i in range(blocks) for n in ("attn", "ffn"))]
+    shapes = dict(token_embd=(tokens, 32), output=(tokens, 32)) | of_blocks
+    for name, shape in shapes.items():
+        yield f"{name}.weight", draw.normal(0, 0.3, size=shape).astype(np.float32)
+    for name in norms:
+        yield f"{name}.weight", np.ones(32, np.float32)
+
+
+def write_gguf(path: Path):
+    "A tiny Llama of 259 tokens in one file."
+    import gguf
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+    tokens = ["<|endoftext|>", *bytes_to_unicode().values(), "an", "el"]
+    made = gguf.GGUFWriter(path, "llama")
+    numbers = dict(context_length=512, embedding_length=32, block_count=4, feed_forward_length=64,
+                   head_count=4, head_count_kv=2, layer_norm_rms_eps=1e-5, rope_dimension_count=8,
+                   vocab_size=len(tokens), tokenizer_model="gpt2", tokenizer_pre="default",
+                   token_list=tokens, token_merges=["a n", "e l"], bos_token_id=0, eos_token_id=0,
+                   token_types=[3] + [1] * (len(tokens) - 1))
+    for name, value in numbers.items():
+        getattr(made, f"add_{name}")(value)
+    for name, value in gguf_tensors(len(tokens)):
+        made.add_tensor(name, value)
+    for part in ("header", "kv_data", "tensors"):
+        getattr(made, f"write_{part}_to_file")()
+    made.close()
+
+
 def write_scope(folder: Path):
     "An SAE in the form of Gemma Scope that suits any hidden states of width 32."
     import numpy as np
@@ -241,6 +278,7 @@ class World:
         "What is written without the command."
         write_model(self / "model")
         write_model(self / "other-model", seed=1)
+        write_gguf(self / "model.gguf")
         write_scope(self / "scope" / "layer_1")
         write_texts(self / "texts")
         write_clone(self / "clone")

@@ -1,4 +1,4 @@
-"""Ways to damage files, and what has to come of each: what the rows of mistakes and the fuzzer use."""
+"""Ways to damage files, and what has to come of each, for rows of mistakes and for the fuzzer."""
 import json
 import math
 import os
@@ -156,6 +156,11 @@ def checked(option: str, below: str = ""):
     return arguments
 
 
+def from_gguf(world, thing: Path, case: Path) -> list:
+    "A check of a model in one file, with an SAE that suits any."
+    return ["check", *world.inputs(model=thing, sae=world / "scope" / "layer_1"), *world.budget]
+
+
 def measured(world, thing: Path, case: Path) -> list:
     "A run that is measured again."
     return ["evaluate", thing, "--text", world / "texts" / "text.jsonl", "--valid-tokens", 256,
@@ -190,6 +195,7 @@ KINDS = {
     "model/tokenizer": Kind("model", "tokenizer.json", "json", checked("model"), ("model",)),
     "model/of tokenizer": Kind("model", "tokenizer_config.json", "aside", checked("model")),
     "model/of generation": Kind("model", "generation_config.json", "aside", checked("model")),
+    "model/gguf": Kind("model.gguf", "", "gguf", from_gguf),
     "sae/weights": Kind("sae", "sae_weights.safetensors", "tensors", checked("sae")),
     "sae/configuration": Kind("sae", "cfg.json", "json", checked("sae"),
                               ("architecture", "d_in", "d_sae", "k")),
@@ -216,7 +222,7 @@ KINDS = {
 
 # In which forms a damage has to be refused. Elsewhere what is left may be whole by chance: a text
 # that is shorter, a weight that is another, a file that need not be there.
-WHOLE = ("tensors", "json", "arrays", "table", "state")
+WHOLE = ("tensors", "json", "arrays", "table", "state", "gguf")
 MUST = {
     "cut": WHOLE,
     "flip": ("state",),
@@ -224,8 +230,8 @@ MUST = {
     "garbage": (*WHOLE, "text", "rows", "yaml", "aside"),
     "folder": (*WHOLE, "text", "rows", "yaml"),
     "link": (*WHOLE, "text", "yaml"),
-    "missing": ("tensors", "json", "arrays", "table", "text", "yaml"),
-    "swap": ("tensors", "json", "arrays", "table", "state"),
+    "missing": ("tensors", "json", "arrays", "table", "text", "yaml", "gguf"),
+    "swap": WHOLE,
     "drop a key": (), "retype a key": (), "rename a key": (),  # those that are needed
     "drop a tensor": ("tensors", "arrays", "state"),
     "rename a tensor": ("tensors", "arrays", "state"),

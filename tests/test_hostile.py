@@ -252,6 +252,15 @@ GGUF = {"empty": b"", "garbled": b"nothing of the kind" * 99, "cut": b"GGUF\x03\
         "too much": b"GGUF\x03\x00\x00\x00" + b"\xff" * 64}
 
 
+def test_a_cut_gguf(tiny_world, case):
+    model = copied(tiny_world / "model.gguf", case)
+    arguments = ["check", *tiny_world.inputs(model=model, sae=tiny_world / "scope" / "layer_1")]
+    holds(tiny_world, tiny_world.run(*arguments, *BUDGET), refused=False)
+    cut(model)
+    ran = tiny_world.run(*arguments, *BUDGET)
+    holds(tiny_world, ran, refused=True, words=["model.gguf"])
+
+
 @pytest.mark.parametrize("name", GGUF)
 def test_damaged_gguf(tiny_world, case, name):
     (case / "m.gguf").write_bytes(GGUF[name])
@@ -546,7 +555,8 @@ RUNS = {
     "peft: of unknown type": (key_of(PEFT, "peft_type", "MAGIC"), ["adapter_config.json",
                                                                    "peft_type"]),
     "peft: of no type": (key_of(PEFT, "peft_type"), ["adapter_config.json", "peft_type"]),
-    "peft: unknown targets": (key_of(PEFT, "target_modules", ["nothing"]), ["adapter_config.json", "nothing"]),
+    "peft: unknown targets": (key_of(PEFT, "target_modules", ["nothing"]),
+                              ["adapter_config.json", "nothing"]),
     "peft: no targets": (key_of(PEFT, "target_modules", []), ["target_modules"]),
     "peft: another rank": (key_of(PEFT, "r", 7), ["7"]),
     "peft: no alpha": (key_of(PEFT, "lora_alpha"), ["adapter_config.json", "lora_alpha"]),
@@ -665,7 +675,8 @@ def test_wrong_parameters(tiny_world, name):
 
 PARAMETER_FILES = {"a list": "[1]", "open": "rank: [", "a word": "rank", "unknown": "rang: 1",
                    "an object": "rank: !!python/object/apply:os.mkdir [planted]",
-                   "a word for a number": "rank: many", "minutes in words": "estimate_minutes: long",
+                   "a word for a number": "rank: many",
+                   "minutes in words": "estimate_minutes: long",
                    "not text": "\x00\x01"}
 
 
