@@ -217,7 +217,7 @@ MODELS = {
     "an attention of the hub": (config(_attn_implementation="org/kernel"), None),
     "code of its own": (config(auto_map={"AutoConfig": "x.Y", "AutoModelForCausalLM": "x.Y"},
                                model_type="own"), ["code"]),
-    "BERT": (other_kind("Bert", **SMALL_BERT), ["encoder"]),
+    "BERT": (other_kind("Bert", **SMALL_BERT), ["decoder"]),
     "BART": (other_kind("Bart", **SMALL_BART), ["encoder"]),
     "a configuration cut": (lambda d: cut(d / "config.json"), ["config.json"]),
     "a configuration that is a list": (lambda d: (d / "config.json").write_text("[]"),
@@ -660,7 +660,7 @@ PARAMETERS = {
     "no such parameter": ([*TINY, "-p", "rang", "1"], ["rang", "rank"]),
     "half a parameter": ([*TINY, "-p", "rank"], ["-p"]),
     "a size outside": (["run", "00_tiny", "--size", "../x"], ["smoke"]),
-    "a size outside that is there": (["run", "00_tiny", "--size", "../params/smoke"], ["--size"]),
+    "a size outside that is there": (["run", "00_tiny", "--size", "../params/smoke"], ["size"]),
     "no such experiment": (["run", "../00_tiny"], ["00_tiny"]),
     "a name of 300 characters": (["run", LONG_NAME], []),
 }
