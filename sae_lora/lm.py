@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from .embedded import EMBEDDED, embedded, quietly
 from .files import UsageError
-from .pretrained import from_pretrained, load_tokenizer
+from .pretrained import check_causal, from_pretrained, load_tokenizer
 
 # %% ../nbs/01_lm.ipynb #5ae51034
 @lru_cache
@@ -125,9 +125,11 @@ def load_lm(model="smollm2-135m", dtype: torch.dtype | None = None,
         return model, load_tokenizer(place, local=Path(place).exists())
     place = _checked(device)
     load = partial(_frozen, str(model), dtype or _default_dtype(place))
-    if spread: return _in_turn(load)
-    lm, tok = load()
-    with _room(lm, place, _size(lm)): return lm.to(place), tok
+    lm, tok = _in_turn(load) if spread else load()
+    if not spread:
+        with _room(lm, place, _size(lm)): lm.to(place)
+    check_causal(lm)
+    return lm, tok
 
 # %% ../nbs/01_lm.ipynb #4cfe7e6c
 def stack(lm) -> nn.Module:

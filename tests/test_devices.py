@@ -28,6 +28,7 @@ NO_TENSORS = {
     "checked.*": "files; what is read goes to no device",
     "hub.*": "asks the network",
     "documents.*": "text",
+    "pretrained.*": "loads on the CPU, and checks there",
     "plots.*": "tables in, figures out",
     "results.*": "rows of numbers in a file",
     "text.docstrings": "text",
