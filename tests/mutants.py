@@ -404,7 +404,8 @@ OF_A_RUN = SHARED | {
 TRIED = {
     "check": {k: v for k, v in OF_A_RUN.items() if k != "--seed"},
     "adapt": OF_A_RUN | {"--lr": real(0, 1e9), "--cut": real(0, 1),
-                         "--keep-unspliced": real(0), "--valid-text": there},
+                         "--keep-unspliced": real(0),
+                         "--valid-text": lambda t: t == "" or there(t)},
     "train-sae": SHARED | {
         "--layer": whole(0, 3), "--width": whole(1, 2**31), "--k": whole(1, 64),
         "--tokens": whole(128, 2**62), "--text-tokens": whole(1), "--lr": real(0, 1e9),
