@@ -53,14 +53,14 @@ def tried(world, first: str, second: str, third):
     return tried_value(world, first, second, third)
 
 
-@settings(max_examples=60, **FEW)
+@settings(max_examples=45, **FEW)
 @given(DAMAGES)
 def test_damaged_files(tiny_world, damage):
     wrong, ran = tried_damage(tiny_world, *damage)
     assert not wrong, f"{damage}: {told_of(ran, wrong)}"
 
 
-@settings(max_examples=40, **FEW)
+@settings(max_examples=30, **FEW)
 @given(VALUES)
 def test_values_of_options(tiny_world, value):
     wrong, ran = tried_value(tiny_world, *value)
