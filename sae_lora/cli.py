@@ -24,13 +24,14 @@ from rich.table import Table
 from rich.text import Text
 from transformers.utils import logging as hf_logging
 
-from .adapt import (held_out, is_evaluation, read_report, ready, report, run_adapt,
-                            run_train_sae, sae_card, sentence, stretches, write_report)
+from .adapt import (check_text, held_out, is_evaluation, read_report, ready, report,
+                            run_adapt, run_train_sae, sae_card, sentence, stretches, write_report)
 from .check import duration, expected, fuses, lines, preflight, warnings_of
+from .checked import parse_yaml
 from .ending import Terminated, halted, outcome
 from .experiments import build_site, experiments, run_experiment, settings
-from .lm import load_lm, processes
-from .lora import attach_adapter, no_share
+from .lm import processes
+from .lora import load_adapter, no_share
 from .sae import hook_name, load_sae, site
 from .train import ADAPTER, RANGES, SEEDS, auto_batch
 
@@ -273,8 +274,11 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or
     out = out or folder / f"evaluate-{Path(text).stem[:99]}.json"
     free_file(out, is_evaluation, force)
     was = read_report(folder)
-    lm, tok = load_lm(was["model"], device=device)
-    saes = attach_adapter(lm, folder / "adapter")
+    check_text(text)
+    lm, tok, saes, _ = load_adapter(folder / "adapter", device=device)
+    if lm.name_or_path != was["model"]:
+        raise UsageError(f"{folder}: report.json is of {was['model'][:60]}, the adapter of "
+                         f"{lm.name_or_path[-60:]}; give a folder that adapt or demo wrote")
     blocks = held_out(text, was.get("trained_on", was["text"]), tok, was["length"], valid_tokens)
     r = dict(command="evaluate") | report(lm, saes, blocks, was["keep"],
                                           **{k: was.get(k) for k in _KEPT})
@@ -306,11 +310,8 @@ def train_sae(out: Out, model: Model = "smollm2-135m", text: Source = "default",
 # %% ../nbs/11_cli.ipynb #df581453
 def _value(name: str, given: str):
     "What a parameter's value, as YAML, stands for."
-    from yaml import YAMLError, safe_load
-    try: return safe_load(given)
-    except (YAMLError, ValueError, RecursionError) as e:
-        raise UsageError(f"-p {name} {one_line(given, 60)!r} is not YAML ({type(e).__name__}); "
-                         "give a number, a word, or a list such as '[0, 1]'") from None
+    mend = "give a number, a word, or a list such as '[0, 1]'"
+    return parse_yaml(given, f"-p {name} {one_line(given, 40)!r}", mend)
 
 def parse_parameters(given: list[str]) -> dict:
     "Parameters from `-p NAME VALUE -p NAME VALUE …`."

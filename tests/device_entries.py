@@ -449,7 +449,8 @@ def stopped_at(step: int):
     return callback
 
 
-@covers("loop.save", "loop.restore", "loop.kept_run", "loop.loop", "train.fit_lora",
+@covers("loop.save", "loop.restore", "loop.kept_run", "loop.Progress", "loop.loop",
+        "train.fit_lora",
         each=[("fast",), ("published",)])
 def stopped_and_resumed(device, dtype, recipe):
     ends, file = [], fresh() / "state.safetensors"

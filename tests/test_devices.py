@@ -36,6 +36,8 @@ NO_TENSORS = {
     "text.for_validation": "text",
     "text.passages": "text",
     "saebench.labelled": "text",
+    "loop.Stopped": "a signal",
+    "adapt.check_text": "text",
     "adapt.budget": "arithmetic",
     "check.tokens_in": "arithmetic",
     "train.auto_batch": "arithmetic",

@@ -56,11 +56,11 @@ def test_wrong_arguments(sae_lora, tmp_path, arguments, words):
     assert not (tmp_path / "out" / "report.json").exists()
 
 
-@pytest.mark.parametrize("command", [["evaluate", "RUN"], ["train-sae", "--out", "RUN/sae"], ["demo", "--out", "RUN/demo"], ["check"]])
+@pytest.mark.parametrize("command", [["train-sae", "--out", "RUN/sae"], ["demo", "--out", "RUN/demo"], ["check"]])
 def test_a_device_that_is_not_there(sae_lora, tmp_path, command):
-    (tmp_path / "report.json").write_text('{"model": "smollm2-135m", "text": "default", "length": 256, "keep": "special"}')
+    (tmp_path / "notes.txt").write_text("mine")
     refused(sae_lora(*(c.replace("RUN", str(tmp_path)) for c in command), "--device", "cuda:99"), "cuda:99", "does not exist")
-    assert [p.name for p in tmp_path.iterdir()] == ["report.json"]
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize("minutes", ["0", "-1", "nan", "inf"])
@@ -81,7 +81,7 @@ def test_a_place_that_cannot_be_written_to_is_refused_before_any_work(sae_lora, 
 @pytest.mark.parametrize("content", ["", "{oops", "[]", "{}", '{"model": "smollm2-135m", "text": "default", "length": "long", "keep": "special"}'])
 def test_a_damaged_report_is_named(sae_lora, tmp_path, content):
     (tmp_path / "report.json").write_text(content)
-    refused(sae_lora("evaluate", tmp_path), "report.json is damaged", "give a folder")
+    refused(sae_lora("evaluate", tmp_path), "report.json", "give a folder")
 
 
 def test_a_folder_of_notes_is_not_left_behind(sae_lora, tmp_path):

@@ -95,7 +95,7 @@ import json, sys, time, weakref
 from sae_lora import lm as module
 from sae_lora.lm import layers, load_lm, processes, sharded
 import torch
-times, whole, read, keep = [], [], module._from_pretrained, module._keep_part
+times, whole, read, keep = [], [], module.from_pretrained, module._keep_part
 def reading(name, dtype):
     times.append(time.monotonic())
     time.sleep(0.3)
@@ -106,7 +106,7 @@ def keeping(lm, mesh):
     lm = keep(lm, mesh)
     times.append(time.monotonic())
     return lm
-module._from_pretrained, module._keep_part = reading, keeping
+module.from_pretrained, module._keep_part = reading, keeping
 lm, _ = load_lm(sys.argv[1], dtype=torch.bfloat16, spread=True)
 mine, all_of_it = (sum(f(p) for p in layers(lm).parameters()) for f in (lambda p: p.to_local().numel(), lambda p: p.numel()))
 ids = torch.arange(3, 15)[None]
