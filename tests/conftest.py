@@ -44,6 +44,15 @@ def ag_news() -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def tiny_world(tmp_path_factory):
+    "The folder with everything that commands read."
+    from hostile import World
+    world = World(tmp_path_factory.mktemp("world"))
+    yield world
+    world.close()
+
+
 SMALL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2, vocab_size=97, max_position_embeddings=64,
              bos_token_id=1, eos_token_id=2, pad_token_id=0)
 CONFIGS = {
