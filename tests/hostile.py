@@ -365,7 +365,7 @@ class World:
 # The judge.
 
 EXPECTED = re.compile(r"(model|text|beginning|gap|SAE at -?\d+|budget|warning) {2,}\S|training on|"
-                      r"[^|]{0,40}: +\d+%\|")  # lines of a check, and a progress bar's last form
+                      r"[^|]{0,60}: +\d+%\|")  # lines of a check, and a progress bar's last form
 
 
 def judged(ran: Ran, world: World, outs=(), refused: bool | None = None, words=(),
