@@ -19,7 +19,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from .check import (duration, expected, fuses, memory_of, peak_memory, preflight,
-                            tokens_in, warnings_of)
+                            step_rows, tokens_in, warnings_of)
 from .checked import read_json
 from .files import STATE, UsageError, cache_path, free_folder, held, room, written
 from .lm import device_of, layers as blocks_of, leads, load_lm, processes
@@ -30,7 +30,7 @@ from .sae import fingerprint, hook_name, load_sae, save_sae, site
 from .splice import KEEP, check_fit, check_saes
 from .states import harvest
 from .text import Blocks, corpus, model_inputs, token_blocks
-from .train import ADAPTER, fit_lora, fit_sae
+from .train import ADAPTER, check_budget, fit_lora, fit_sae
 
 # %% ../nbs/10b_adapt.ipynb #d0552bae
 EMBEDDED_TEXTS = ("default", "broad", "docs", "prose")
@@ -82,7 +82,7 @@ def sentence(r: dict) -> str:
 # %% ../nbs/10b_adapt.ipynb #3507a514
 def check_text(source: str | None):
     "Raise `UsageError` unless the text `source` can be read, as far as its first document tells."
-    if source and source not in EMBEDDED_TEXTS: next(iter(corpus(source)), None)
+    if source is not None and source not in EMBEDDED_TEXTS: next(iter(corpus(source)), None)
 
 def _longest(lm) -> float:
     "The most tokens a row for which `lm` was made."
@@ -104,7 +104,7 @@ def ready(model="smollm2-135m", saes: dict | None = None, text="broad", length: 
     had, or an SAE does not fit."""
     if spread and device:
         raise UsageError("--shard puts the model on a device for each process; leave --device out")
-    for source in (text, valid_text): check_text(source)
+    for source in (text, valid_text or None): check_text(source)
     lm, tok = load_lm(model, device=device, spread=spread)
     embedded = load_sae("default") if not saes else None
     _check_length(lm, length)
@@ -198,6 +198,7 @@ def run_adapt(out, saes: dict | None = None, model="smollm2-135m", text="broad",
     for a mistake, `Stopped` where it was told to stop."""
     out, changes = Path(out), {k: v for k, v in changes.items() if v is not None}
     if processes() and not tokens: raise UsageError("minutes are for one process; give tokens")
+    if tokens: check_budget(tokens, step_rows(dict(recipe=recipe, **changes)), length)
     with _own_folder(out, resume, force) as was:
         lm, tok, saes, blocks = ready(model, saes, text, length, valid_tokens, valid_text, device,
                                       spread)
@@ -212,7 +213,8 @@ def run_adapt(out, saes: dict | None = None, model="smollm2-135m", text="broad",
         tokens = found["asked_tokens"]
         rows = token_blocks(text, tok, length, max(tokens, length), 0, cut=cut).train
         add_lora(lm, saes, **adapter)
-        curve = fit_lora(lm, saes, rows, tokens, **training, checkpoint=out / STATE)
+        curve = fit_lora(lm, saes, rows, tokens, **training, checkpoint=out / STATE,
+                         about=dict(rank=rank, layers=str(layers), text=str(text), length=length))
         if not leads() and not spread: raise SystemExit  # the first process measures and writes
         done, seconds = curve[-1]["tokens"], curve[-1]["seconds"]
         r = report(lm, saes, blocks, keep, trained_on=text, cut=cut, tokens=done, seed=seed,

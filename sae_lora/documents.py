@@ -83,6 +83,13 @@ def _number(cell: str) -> bool:
     return bool(re.fullmatch(r"\s*[-+]?[\d.,]*\d[\d.,]*([eE][-+]?\d+)?\s*", cell))
 
 # %% ../nbs/00d_documents.ipynb #c10c7a9e
+def _encodable(row, where: str):
+    "Raise `UsageError` where JSON's escapes spell half a character, which no UTF-8 can hold."
+    try: json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        told = f"{ascii(e.object[e.start])} is half of a character"
+        raise mistake(where, told, "write the text in UTF-8") from None
+
 def _lines(path: Path) -> Iterator[str]:
     "The documents of one `.jsonl` file."
     mend = "give a JSON object a line, with its text under text"
@@ -91,6 +98,7 @@ def _lines(path: Path) -> Iterator[str]:
             if not line.strip(): continue
             where, told = f"{path}, line {n}", line.strip()[:20]
             row = parse_json(line, where, mend)
+            if "\\ud" in line.lower(): _encodable(row, where)
             if isinstance(row, str): yield row
             elif isinstance(row, dict): yield _column(row, where)
             else: raise mistake(where, f"{told!r} is neither text nor an object", mend)
@@ -148,6 +156,7 @@ def _hub(source: str) -> Iterator[str]:
 # %% ../nbs/00d_documents.ipynb #b7b5f830
 def documents(source: str) -> Iterator[str]:
     "The documents of a file, a folder, or a dataset of the hub. Raises `UsageError` for others."
+    if not source.strip(): raise mistake("text ''", "no name", _GIVE)
     path = Path(source)
     if source.startswith("~"): path = path.expanduser()
     reason = no_file(path)

@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 
 from .checked import (Finite, conforming, mistake, parse_json, read_tensors,
                               read_yaml)
-from .files import UsageError, cache_path, data_path, written
+from .files import UsageError, cache_path, data_path, free_site, written
 from .lm import device_of, load_lm, processes
 from .lora import add_lora, lora_parameters
 from .metrics import fidelities, sparsity
@@ -320,8 +320,9 @@ SITE = ".sae-lora-site"  # the file that tells a site of ours from any other fol
 # %% ../nbs/10_experiments.ipynb #4faeb126
 def build_site(out="_site", serve: bool = False) -> Path:
     "Build the site into the folder `out`, from rows and outputs that exist: nothing is trained. With `serve`, show it at http://localhost:4200 until stopped."
-    _dev("nbdev")
     out = Path(out).absolute()
+    free_site(out, SITE)
+    _dev("nbdev")
     quarto = shutil.which("quarto")
     render = ["quarto", "render"] if quarto else [sys.executable, "-m", "smalldocs.cli", "render", "--quiet"] if _dev("smalldocs") else []
     with written(out, marker=SITE) as part, tempfile.TemporaryDirectory() as folder:

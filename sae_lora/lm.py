@@ -56,6 +56,7 @@ def _checked(device: str | torch.device | None) -> torch.device:
     "The device asked for, or the default. Raises `UsageError` where this machine has none such."
     try:
         found = torch.device(device or default_device())
+        if found.type == "meta": raise RuntimeError("no numbers there")
         torch.empty(1, device=found)
         return found
     except torch.OutOfMemoryError: return found  # it is there, and full

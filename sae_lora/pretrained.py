@@ -78,10 +78,16 @@ def _complete(info: dict, where, mend: str):
     if info["error_msgs"]: raise mistake(where, info["error_msgs"][0], mend)
 
 # %% ../nbs/00e_pretrained.ipynb #5546c870
+def _generation(folder: Path, mend: str):
+    "Raise `UsageError` where what a folder says of generation, such as special ids, is damaged."
+    path = folder / "generation_config.json"
+    if no_file(path) != "no such file": read_json(path, dict, mend)
+
 def _model(place: str, dtype, where, mend: str, shapes: dict | None = None):
     "The model of a folder, whose weights have `shapes`, or of a hub id."
     safe = dict(trust_remote_code=False, attn_implementation=None)
     config = AutoConfig.from_pretrained(place, **safe)
+    if shapes is not None: _generation(Path(place), mend)
     config._attn_implementation = None  # in the parts of a model of several, too
     if config.is_encoder_decoder:
         raise mistake(where, f"{config.model_type} has an encoder", "give a decoder-only model")

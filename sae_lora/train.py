@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHARED', 'RECIPES', 'LONG', 'ADAPTER', 'STEPS', 'LARGEST', 'SEEDS', 'RANGES', 'distill_each', 'distill',
-           'distill_published', 'auto_batch', 'fit_lora', 'fit_loras', 'finetune_sae', 'fit_both', 'LinearAdapter',
-           'fit_linear', 'new_sae', 'unscaled', 'fit_sae', 'untrained_sae', 'fit_e2e']
+           'distill_published', 'auto_batch', 'check_budget', 'fit_lora', 'fit_loras', 'finetune_sae', 'fit_both',
+           'LinearAdapter', 'fit_linear', 'new_sae', 'unscaled', 'fit_sae', 'untrained_sae', 'fit_e2e']
 
 # %% ../nbs/06_train.ipynb #c4e7d967
 import hashlib, math
@@ -93,6 +93,13 @@ def auto_batch(tokens: int, length: int, several: int = 1) -> dict:
     return dict(batch=rows, lr=own["lr"] * (rows / own["batch"]) ** 0.5)
 
 # %% ../nbs/06_train.ipynb #3b91dfc4
+def check_budget(tokens: int, batch: int, length: int):
+    "Raise `UsageError` where `tokens` are less than a step of `batch` rows of `length`."
+    step = batch * length
+    if tokens >= step: return
+    raise UsageError(f"{tokens} tokens are less than one step of {batch} rows of {length}; "
+                     f"give at least {step}")
+
 SEEDS = 2**32 - 1  # the largest seed
 RANGES = dict(batch=(1, 2**20), lr=(1e-12, 10), warmup=(0, 0.99), clip=(0, 1e9), weight_decay=(0, 10))
 
@@ -115,17 +122,17 @@ def _published_conditions(lm):
         for m in drops: m.eval()
 
 # %% ../nbs/06_train.ipynb #32ad2c42
-def _fit_kl(lm, students: dict, groups: list[dict], rows: Tensor, tokens: int, recipe: str, *, seed=0, keep="special", keep_unspliced=0.0, precision="auto", fuse="auto", cached=False, checkpoint=None, measure=None, callback=None, **changes) -> list[list[dict]]:
+def _fit_kl(lm, students: dict, groups: list[dict], rows: Tensor, tokens: int, recipe: str, *, about: dict = {}, seed=0, keep="special", keep_unspliced=0.0, precision="auto", fuse="auto", cached=False, checkpoint=None, measure=None, callback=None, **changes) -> list[list[dict]]:
     "The loop on the KL objective: of each student, whatever is in its place of `groups` gets the gradient."
     settings, published, W = _recipe(recipe, changes), recipe == "published", head(lm)
     in_range("seed", seed, 0, SEEDS), in_range("keep_unspliced", keep_unspliced, 0, 1e6)
     batch, params = settings.pop("batch"), [n for group in groups for n in group]
     device, at, step_tokens = W.weight.device, order(len(rows), batch, seed), batch * rows.shape[-1]
-    if tokens < step_tokens: raise UsageError(f"{tokens} tokens are less than one step of {batch} rows of {rows.shape[-1]}; give at least {step_tokens}")
+    check_budget(tokens, batch, rows.shape[-1])
     if processes() and batch % processes().num_processes: raise UsageError(f"{processes().num_processes} processes cannot share batches of {batch} rows; give a batch they divide")
     if published and keep_unspliced: raise UsageError("the published recipe has no keep_unspliced; leave one of them out")
     if cached and (published or processes()): raise UsageError("cached=True is for recipe \"fast\" and one process; leave it out")
-    run = dict(model=lm.name_or_path, tokens=tokens, recipe=recipe, seed=seed, keep=keep, keep_unspliced=keep_unspliced, precision=precision, batch=batch, params=sorted(params), trainable=sum(p.numel() for group in groups for p in group.values()),
+    run = dict(**about, model=lm.name_or_path, tokens=tokens, recipe=recipe, seed=seed, keep=keep, keep_unspliced=keep_unspliced, precision=precision, batch=batch, params=sorted(params), trainable=sum(p.numel() for group in groups for p in group.values()),
                saes=[{i: fingerprint(sae) for i, sae in saes.items()} for saes in students.values()], rows=hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16], **settings)
     fast = arithmetic(device, "fp32" if published else precision)
     if fast._enabled: W = W._replace(weight=W.weight.to(torch.bfloat16))
@@ -148,7 +155,7 @@ def fit_lora(lm, saes: dict, rows: Tensor, tokens: int = 65_536, recipe: str = "
     """Train the adapter of `lm` so that the model with `saes` in predicts as the model without; the curve.
 
     `rows` are token rows, `tokens` the budget. `options`, for this and the functions below: `seed`, `keep` (the rule of positions), `keep_unspliced` (λ, see `distill_each`), `precision` (`auto`, `bf16`, `fp32`), `fuse` (`auto`, true, false: see `compiled`), `cached` (prefix and teacher from disk, where the same rows come again),
-    `checkpoint` (a file), `measure` (called in the arithmetic of the training) and `callback` (see `loop`), and any setting of the recipe (`lr`, `batch`, …)."""
+    `checkpoint` (a file; `about`, parameters that tell its run from others'), `measure` (called in the arithmetic of the training) and `callback` (see `loop`), and any setting of the recipe (`lr`, `batch`, …)."""
     params = {n: p for n, p in lora_parameters(lm).items() if p.requires_grad}
     if not params: raise UsageError("the model has no trainable adapter; add one with add_lora")
     return _fit_kl(lm, {None: check_saes(lm, saes)}, [params], rows, tokens, recipe, **options)[0]

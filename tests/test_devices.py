@@ -38,6 +38,7 @@ NO_TENSORS = {
     "saebench.labelled": "text",
     "loop.Stopped": "a signal",
     "adapt.check_text": "text",
+    "train.check_budget": "arithmetic",
     "adapt.budget": "arithmetic",
     "check.tokens_in": "arithmetic",
     "train.auto_batch": "arithmetic",
