@@ -6,7 +6,7 @@
 __all__ = ['LONG', 'READERS', 'pieces', 'documents']
 
 # %% ../nbs/00d_documents.ipynb #661d7522
-import csv, re
+import csv, json, re
 from itertools import chain, filterfalse
 from pathlib import Path
 from typing import Iterator
