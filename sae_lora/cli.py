@@ -85,8 +85,9 @@ def parse_batch(given: str | None, tokens: int, length: int, recipe: str = "fast
         if recipe != "fast":
             raise UsageError(f"--batch auto is for recipe fast, not {recipe}; give a number")
         return auto_batch(tokens, length, processes().num_processes if processes() else 1)
-    if not (given.isascii() and given.isdigit() and int(given)):
-        raise UsageError(f"batch {given!r}; give auto, or a whole number, 1 or more")
+    if not (given.isascii() and given.isdigit() and 1 <= int(given[:9]) <= 2**20):
+        told = one_line(repr(given), 60)
+        raise UsageError(f"batch {told}; give auto, or a whole number, 1 or more (to {2**20})")
     return {"batch": int(given)}
 
 # %% ../nbs/11_cli.ipynb #73ebeee2

@@ -97,8 +97,8 @@ def check_budget(tokens: int, batch: int, length: int):
     "Raise `UsageError` where `tokens` are less than a step of `batch` rows of `length`."
     step = batch * length
     if tokens >= step: return
-    raise UsageError(f"{tokens} tokens are less than one step of {batch} rows of {length}; "
-                     f"give at least {step}")
+    raise UsageError(f"{tokens} tokens are less than one step, a batch of {batch} rows of "
+                     f"length {length}; give at least {step}")
 
 SEEDS = 2**32 - 1  # the largest seed
 RANGES = dict(batch=(1, 2**20), lr=(1e-12, 10), warmup=(0, 0.99), clip=(0, 1e9), weight_decay=(0, 10))
