@@ -358,10 +358,11 @@ def same_as(after: bytes, before: bytes, form: str) -> bool:
 # Options.
 
 def whole(low: int, high: float = math.inf):
-    "Whole numbers between two."
+    "Whole numbers between two; 5.0 is one, too."
     def fits(text: str) -> bool:
         try:
-            return low <= int(text) <= high
+            number = int(text) if re.fullmatch(r"\s*[-+]?[\d_]+\s*", text) else float(text)
+            return number == number // 1 and low <= number <= high
         except ValueError:
             return False
     return fits
@@ -425,6 +426,6 @@ def with_option(world, case: Path, command: str, option: str, value: str) -> tup
     base = {"check": ["check", *world.inputs(), *world.budget], "adapt": world.adapt(case / "out"),
             "train-sae": world.train_sae(case / "out"),
             "evaluate": measured(world, world / "run", case)}[command]
-    if option in LONG_RUNS and TRIED[command][option](value) and int(value) > 4000:
+    if option in LONG_RUNS and TRIED[command][option](value) and float(value) > 4000:
         value = "0"  # it may be meant, and would take long
     return [*base, f"{option}={value}"], None if TRIED[command][option](value) else True
