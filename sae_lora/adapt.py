@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 from .check import (duration, expected, fuses, memory_of, peak_memory, preflight,
                             step_rows, tokens_in, warnings_of)
 from .checked import read_json
-from .files import STATE, UsageError, cache_path, free_folder, held, room, written
+from .files import STATE, UsageError, cache_path, free_folder, held, in_range, room, written
 from .lm import device_of, layers as blocks_of, leads, load_lm, processes
 from .loop import kept_run
 from .lora import add_lora, save_adapter, won_back
@@ -282,13 +282,6 @@ def measure_sae(lm, sae, layer: int, rows: Tensor) -> dict:
     return fidelity(lm, {layer: sae}, few) | own | dict(valid_tokens=rows.numel())
 
 # %% ../nbs/10b_adapt.ipynb #cf861a54
-def _check_numbers(width: int, k: int, tokens: int, batch: int):
-    "Raise `UsageError` where the numbers of an SAE's training contradict each other."
-    if k > width: raise UsageError(f"--k {k} latents at a time of a --width of {width}; give fewer")
-    if batch > tokens:
-        raise UsageError(f"--batch {batch} positions a step, --tokens {tokens} in all; "
-                         "give a smaller batch, or more tokens")
-
 def _check_room(lm, out: Path, width: int, text_tokens: int):
     "Raise `UsageError` where an SAE of `width` fits into no memory, or its run on no disk."
     d_in, device = lm.config.get_text_config().hidden_size, device_of(lm)
@@ -321,7 +314,7 @@ def run_train_sae(out, model="smollm2-135m", text="default", *, layer=14, width=
     what stands there is written over. Raises `UsageError` where the layer does not exist or `out`
     is not free, `Stopped` where it was told to stop."""
     out = Path(out)
-    _check_numbers(width, k, tokens, batch)
+    in_range("k", k, 1, width), in_range("batch", batch, 1, tokens)
     with _own_folder(out, resume, force):
         check_text(text)
         lm, tok = load_lm(model, device=device)

@@ -9,11 +9,7 @@ __all__ = ['MOST_LAYERS', 'MODELS', 'app', 'Json', 'Seed', 'Model', 'Source', 'O
            'parse_parameters', 'run', 'build', 'main']
 
 # %% ../nbs/11_cli.ipynb #dbe02b93
-from .files import UsageError, free_file, one_line, patient_threads
-
-patient_threads()  # before torch is loaded
-
-import functools, json, signal, sys, warnings
+import functools, json, os, signal, sys, warnings
 from pathlib import Path
 from typing import Annotated, Optional
 
@@ -22,18 +18,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers.utils import logging as hf_logging
 
-from .adapt import (check_text, held_out, is_evaluation, read_report, ready, report,
-                            run_adapt, run_train_sae, sae_card, sentence, stretches, write_report)
-from .check import duration, expected, fuses, lines, preflight, warnings_of
-from .checked import parse_yaml
 from .ending import Terminated, halted, outcome
-from .experiments import build_site, experiments, run_experiment, settings
-from .lm import processes
-from .lora import load_adapter, no_share
-from .sae import hook_name, load_sae, site
-from .train import ADAPTER, RANGES, SEEDS, auto_batch
+from .files import (RATES, SEEDS, UsageError, free_file, free_folder, in_range, one_line,
+                            patient_threads)
+
+patient_threads()  # before torch is loaded
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 # %% ../nbs/11_cli.ipynb #f7ab3b08
 def _placed(spec: str) -> tuple[str, str]:
@@ -44,6 +35,7 @@ def _placed(spec: str) -> tuple[str, str]:
 
 def parse_saes(specs: list[str]) -> dict:
     "SAEs by layer from `SPEC` or `LAYER=SPEC`. Raises `UsageError` for no layer, or one twice."
+    from sae_lora.sae import hook_name, load_sae, site
     saes = {}
     for spec in specs:
         where, what = _placed(spec)
@@ -82,6 +74,8 @@ def parse_batch(given: str | None, tokens: int, length: int, recipe: str = "fast
     Raises `UsageError` for anything else."""
     if given is None: return {}
     if given == "auto":
+        from sae_lora.lm import processes
+        from sae_lora.train import auto_batch
         if recipe != "fast":
             raise UsageError(f"--batch auto is for recipe fast, not {recipe}; give a number")
         return auto_batch(tokens, length, processes().num_processes if processes() else 1)
@@ -97,6 +91,7 @@ MODELS = (("base", "out", "off"), ("spliced", "in", "off"), ("adapted", "in", "o
 # %% ../nbs/11_cli.ipynb #0c911622
 def _closed(r: dict, model: str, share: str) -> str:
     "A share with its interval, where `model` is the one it belongs to and there is one to tell."
+    from sae_lora.lora import no_share
     if model != "adapted" or share == "gap_closed" and no_share(r): return ""
     low, high = r["ci95"][share]
     return f"{100 * r[share]:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
@@ -104,6 +99,7 @@ def _closed(r: dict, model: str, share: str) -> str:
 # %% ../nbs/11_cli.ipynb #fac7de3c
 def show(r: dict, console: Console):
     "Print the table of the four models and the sentence."
+    from sae_lora.adapt import sentence
     table = Table("model", "SAE", "LoRA", "CE", "closed", "KL", "closed", box=SIMPLE_HEAD,
                   padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)  # fits in 80 columns
     for name, sae, adapter in MODELS:
@@ -123,6 +119,7 @@ def _command(**settings):
     def register(function):
         @functools.wraps(function)
         def run(*args, **kwargs):
+            if "resume" in kwargs: free_folder(*(kwargs[n] for n in ("out", "resume", "force")))
             try: return function(*args, **kwargs)
             except KeyboardInterrupt as e:
                 raise halted(e, kwargs.get("out") if "resume" in kwargs else None) from None
@@ -138,7 +135,7 @@ def _option(annotation, help: str, *names: str, **limits):
 # %% ../nbs/11_cli.ipynb #083df2ad
 Json = _option(bool, "Print the report as JSON, and nothing else, on standard output.", "--json")
 Seed = _option(int, "Seed of the adapter's initial weights, the order of the text, and dropout.",
-               min=0, max=SEEDS)
+               min=SEEDS[0], max=SEEDS[1])
 Model = _option(str, "smollm2-135m, gemma-3-270m (need no hub), a hub id, a folder, a .gguf file.")
 Source = _option(str, "default, broad, docs, prose, a .txt/.jsonl/.csv/.parquet file, a folder of "
                       "them, or a hub dataset id[:config]:split.")
@@ -152,7 +149,7 @@ Resume = _option(bool, "Go on with the stopped run in --out.", "--resume")
 Force = _option(bool, "Write over what stands at --out; what is not written stays.", "--force")
 
 # %% ../nbs/11_cli.ipynb #cf49cfa1
-Rate = {"min": RANGES["lr"][0], "max": RANGES["lr"][1]}
+Rate = {"min": RATES[0], "max": RATES[1]}
 Rank = _option(int, "Rank of the adapter.", min=1, max=2**16)
 Layers = _option(str, "Layers that get an adapter: after (the first SAE), all, or 15,16 or 15-20.")
 Length = _option(int, "Tokens a row.", min=2, max=2**20)
@@ -167,6 +164,7 @@ def _say(r: dict, as_json: bool):
 
 def _tell(found: dict):
     "The lines of a check, on standard error: standard output may be read by a program."
+    from sae_lora.check import lines
     print(*lines(found), sep="\n", file=sys.stderr)
 
 # %% ../nbs/11_cli.ipynb #1aa8b8a0
@@ -177,7 +175,11 @@ def check(model: Model = "smollm2-135m", sae: Saes = ["default"], text: Source =
           keep: Keep = "special", valid_tokens: Measured = 16_384, device: Device = None,
           as_json: Json = False):
     "What adapt will meet: the text, how rows begin, the gap, what the SAEs do, time and memory."
-    adapter = dict(rank=rank, layers=parse_layers(layers), **ADAPTER.get(recipe, {}))
+    adapter = dict(rank=rank, layers=parse_layers(layers))
+    from sae_lora.adapt import ready
+    from sae_lora.check import expected, fuses, lines, preflight, warnings_of
+    from sae_lora.train import ADAPTER
+    adapter |= ADAPTER.get(recipe, {})
     training = dict(recipe=recipe, keep=keep) | parse_batch(batch, tokens, length, recipe)
     lm, tok, saes, blocks = ready(model, parse_saes(sae), text, length, 3072, device=device)
     found = preflight(lm, tok, saes, blocks.valid, adapter, training, steps=6)
@@ -205,12 +207,13 @@ def adapt(out: Out, model: Model = "smollm2-135m", sae: Saes = ["default"], text
           resume: Resume = False, force: Force = False, seed: Seed = 0,
           as_json: Json = False):
     "Splice SAEs into a model, train a LoRA adapter around them, measure, and save the adapter."
-    changes = parse_batch(batch, tokens, length, recipe)
+    at, changes = parse_layers(layers), parse_batch(batch, tokens, length, recipe)
+    from sae_lora.adapt import run_adapt
     changes["keep_unspliced"] = keep_unspliced or None
     if lr is not None: changes["lr"] = lr
     *_, r = run_adapt(out, parse_saes(sae), model, text, valid_text=valid_text, cut=cut,
                       length=length, tokens=tokens, valid_tokens=valid_tokens, rank=rank,
-                      layers=parse_layers(layers), recipe=recipe, keep=keep, seed=seed,
+                      layers=at, recipe=recipe, keep=keep, seed=seed,
                       device=device, spread=shard, resume=resume, force=force, told=_tell,
                       **changes)
     _say(r, as_json)
@@ -221,6 +224,7 @@ SHOWN = 8192  # held-out tokens that the demo measures on
 # %% ../nbs/11_cli.ipynb #001a0adf
 def _promise(found: dict):
     "What the demo will do, before it does it."
+    from sae_lora.check import duration
     _tell(found)
     time = duration(found["train_seconds"])
     print(f"training on about {round(found['train_tokens'], -3):,} tokens, which this machine does "
@@ -237,6 +241,7 @@ def demo(out: Out = Path("sae-lora-demo"),
     "The whole method on a real model, nothing to fetch by hand: SmolLM2-135M and its SAE."
     if not 0 < minutes <= 10_000:
         raise UsageError(f"--minutes {minutes:g}; give a number above 0, and up to 10000, such as 3")
+    from sae_lora.adapt import run_adapt, stretches
     lm, tok, saes, blocks, r = run_adapt(out, text="default", cut=0.0, tokens=tokens,
                                          minutes=minutes, valid_tokens=SHOWN, device=device,
                                          resume=resume, force=force, seed=seed, told=_promise)
@@ -273,6 +278,11 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or
                                           "folder otherwise.") = None,
              device: Device = None, force: Force = False, as_json: Json = False):
     "Measure a saved adapter again, on any text."
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; give one that sae-lora adapt or demo wrote")
+    from sae_lora.adapt import (check_text, held_out, is_evaluation, read_report, report,
+                                write_report)
+    from sae_lora.lora import load_adapter
     out = out or folder / f"evaluate-{Path(text).stem[:99]}.json"
     free_file(out, is_evaluation, force)
     was = read_report(folder)
@@ -304,6 +314,11 @@ def train_sae(out: Out, model: Model = "smollm2-135m", text: Source = "default",
               device: Device = None, resume: Resume = False, force: Force = False,
               seed: Seed = 0, as_json: Json = False):
     "Train a TopK SAE on the hidden states of a model and save it in SAELens format, with a card."
+    in_range("--k", k, 1, width)  # before anything is loaded
+    if batch > tokens:
+        raise UsageError(f"--tokens {tokens} are less than one step of --batch {batch}; "
+                         "give more tokens, or a smaller batch")
+    from sae_lora.adapt import run_train_sae, sae_card
     r = run_train_sae(out, model, text, layer=layer, width=width, k=k, tokens=tokens,
                       text_tokens=text_tokens, lr=lr, batch=batch, valid_tokens=valid_tokens,
                       half=half, device=device, resume=resume, force=force, seed=seed)
@@ -312,6 +327,7 @@ def train_sae(out: Out, model: Model = "smollm2-135m", text: Source = "default",
 # %% ../nbs/11_cli.ipynb #df581453
 def _value(name: str, given: str):
     "What a parameter's value, as YAML, stands for."
+    from sae_lora.checked import parse_yaml
     mend = "give a number, a word, or a list such as '[0, 1]'"
     return parse_yaml(given, f"-p {name} {one_line(given, 40)!r}", mend)
 
@@ -334,6 +350,7 @@ def run(context: typer.Context,
     """Run experiments: compute the rows that are missing, draw, and keep the executed notebook.
 
     Parameters: -p NAME VALUE."""
+    from sae_lora.experiments import experiments, run_experiment, settings
     given = parse_parameters(([name] if every and name else []) + context.args)
     if not every and not name:
         raise UsageError(f"give --all or an experiment: {', '.join(experiments())}")
@@ -350,6 +367,7 @@ def build(out: _option(Path, "Folder to build in.") = Path("_site"),
           serve: _option(bool, "Show it at http://localhost:4200 until stopped.",
                          "--serve") = False):
     "Build the book as a web site from rows and outputs that exist, with Quarto, else smalldocs."
+    from sae_lora.experiments import build_site
     print(build_site(out, serve))
 
 # %% ../nbs/11_cli.ipynb #c9fffef5
@@ -357,7 +375,6 @@ def _terminated(number, frame): raise Terminated
 
 def main():
     "The `sae-lora` command: whatever happens is told in one line, with an exit code."
-    hf_logging.set_verbosity_error()
     before = signal.signal(signal.SIGTERM, _terminated)
     try:
         with warnings.catch_warnings(action="ignore"):  # of libraries; ours are lines of their own

@@ -9,11 +9,9 @@ __all__ = ['Terminated', 'Halted', 'halted', 'outcome']
 import signal, tempfile, time, traceback
 from pathlib import Path
 
-import torch
 from typer.exceptions import TyperException
 
-from .files import STATE, UsageError, cache_path, one_line
-from .loop import Stopped
+from .files import STATE, Stopped, UsageError, cache_path, one_line
 
 # %% ../nbs/10c_ending.ipynb #a27837e6
 class Terminated(KeyboardInterrupt):
@@ -55,7 +53,8 @@ def outcome(e: Exception) -> tuple[int, str]:
     if isinstance(e, TyperException):
         said = e.format_message()  # nothing, where help was printed
         return 2, said and f"{said}; --help tells what is allowed"
-    if isinstance(e, (MemoryError, torch.OutOfMemoryError)) or any(c in str(e) for c in _CROWDED):
+    full = type(e).__name__ in ("MemoryError", "OutOfMemoryError")  # torch's is not imported here
+    if full or any(c in str(e) for c in _CROWDED):
         return 2, ("there is not enough memory for this; give fewer rows a step (--batch), "
                    "shorter rows (--length), or a smaller model")
     return 1, f"{type(e).__name__}, which was not foreseen: {one_line(e, 99)}; see {_kept(e)}"

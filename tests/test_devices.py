@@ -36,7 +36,6 @@ NO_TENSORS = {
     "text.for_validation": "text",
     "text.passages": "text",
     "saebench.labelled": "text",
-    "loop.Stopped": "a signal",
     "adapt.check_text": "text",
     "train.check_budget": "arithmetic",
     "adapt.budget": "arithmetic",
