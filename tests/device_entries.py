@@ -30,7 +30,7 @@ import sae_lora
 from sae_lora import adapt, check, cli, experiments, latents, loop, lora, loss, metrics, results
 from sae_lora import lm as models_of
 from sae_lora import sae as saes_of
-from sae_lora import pretrained, saebench, splice, states, steering, tasks, text, train
+from sae_lora import pretrained, saebench, splice, states, steering, tasks, terminal, text, train
 
 MODULES = [m.name for m in pkgutil.iter_modules(sae_lora.__path__) if m.name[0] != "_"]
 PACKAGE = [importlib.import_module(f"sae_lora.{name}") for name in MODULES]
@@ -756,17 +756,17 @@ def small_demo():
         yield
 
 
-@covers("cli.demo", "cli.passage", "cli.show", "adapt.sentence", "adapt.stretches",
+@covers("cli.demo", "terminal.passage", "terminal.show", "adapt.sentence", "adapt.stretches",
         "lora.won_back", *COMMANDS[:5])
 def demo(device, dtype):
     with small_demo():
         report = command(device, dtype, "demo", "--out", fresh() / "run", "--tokens", 1024)
     from rich.console import Console
     said = StringIO()
-    cli.show(report, Console(file=said))
+    terminal.show(report, Console(file=said))
     lm, tok, saes = adapted(device, dtype)
     for found in adapt.stretches(lm, saes, blocks().valid, width=5):
-        cli.passage(tok, Console(file=said), **found)
+        terminal.passage(tok, Console(file=said), **found)
     assert "closed" in said.getvalue() and "spliced → adapted" in said.getvalue()
     return report
 

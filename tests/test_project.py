@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-ORDER = "files checked hub documents text embedded pretrained lm sae splice lora loss metrics states loop train tasks steering saebench latents results plots experiments check adapt ending cli".split()
+ORDER = "files checked hub documents text embedded pretrained lm sae splice lora loss metrics states loop train tasks steering saebench latents results plots experiments check adapt ending terminal cli".split()
 APART = "text embedded sae results plots".split()  # these know nothing of one another
 
 
@@ -79,7 +79,7 @@ def test_the_project_speaks_of_itself_alone(root):
             assert not re.search(r"(?<![\w./~])/(root|work|home)/\w|files\.pythonhosted|pypi\.org/simple", text), name
 
 
-@pytest.mark.parametrize("name", ["00_files", "00_text", "00a_embedded", "00b_checked", "00c_hub", "00d_documents", "00e_pretrained", "01_lm", "02_sae", "03_splice", "04_lora", "05_loss", "05_metrics", "05_states", "06_loop", "06_train", "07_tasks", "07a_steering", "07b_saebench", "07c_latents", "08_results", "09_plots", "10_experiments", "10a_check", "10b_adapt", "10c_ending", "11_cli"])
+@pytest.mark.parametrize("name", ["00_files", "00_text", "00a_embedded", "00b_checked", "00c_hub", "00d_documents", "00e_pretrained", "01_lm", "02_sae", "03_splice", "04_lora", "05_loss", "05_metrics", "05_states", "06_loop", "06_train", "07_tasks", "07a_steering", "07b_saebench", "07c_latents", "08_results", "09_plots", "10_experiments", "10a_check", "10b_adapt", "10c_ending", "10d_terminal", "11_cli"])
 def test_notebook_runs(root, name):
     done = subprocess.run([sys.executable, "-c", f"import sys; from pathlib import Path; from nbdev.test import test_nb; ok, t = test_nb(Path('nbs/{name}.ipynb')); print(f'{{t:.0f}} s'); sys.exit(not ok)"],
                           cwd=root, capture_output=True, text=True)
