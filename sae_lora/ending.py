@@ -51,7 +51,7 @@ def outcome(e: Exception) -> tuple[int, str]:
     if isinstance(e, Halted): return 128 + e.number, str(e)
     if isinstance(e, UsageError): return 2, str(e)
     if isinstance(e, TyperException):
-        said = e.format_message()  # nothing, where help was printed
+        said = e.format_message().rstrip(".")  # nothing, where help was printed
         return 2, said and f"{said}; --help tells what is allowed"
     full = type(e).__name__ in ("MemoryError", "OutOfMemoryError")  # torch's is not imported here
     if full or any(c in str(e) for c in _CROWDED):
