@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['MOST_LAYERS', 'app', 'Json', 'Seed', 'Model', 'Source', 'Out', 'MANY', 'Tokens', 'Device', 'Saes', 'Resume', 'Force',
            'Rate', 'Rank', 'Layers', 'Length', 'Recipe', 'Keep', 'Batch', 'Measured', 'SHOWN', 'parse_saes',
-           'parse_layers', 'parse_batch', 'check', 'adapt', 'demo', 'evaluate', 'train_sae', 'parse_parameters', 'run',
-           'build', 'main']
+           'read_inputs', 'parse_layers', 'parse_batch', 'check', 'adapt', 'demo', 'evaluate', 'train_sae',
+           'parse_parameters', 'run', 'build', 'main']
 
 # %% ../nbs/11_cli.ipynb #dbe02b93
 import functools, json, os, signal, sys, warnings
@@ -45,6 +45,14 @@ def parse_saes(specs: list[str]) -> dict:
         if layer in saes: raise UsageError(f"two SAEs at layer {layer}; give one")
         saes[layer] = sae
     return saes
+
+# %% ../nbs/11_cli.ipynb #c102488f
+def read_inputs(saes: list[str], *texts: str | None) -> dict:
+    "SAEs as `parse_saes` gives them, and a look at the `texts`, before a model is loaded for them."
+    from sae_lora.documents import check_text
+    for text in filter(None, texts[1:]): check_text(text)  # what is optional may be empty
+    check_text(texts[0])
+    return parse_saes(saes)
 
 # %% ../nbs/11_cli.ipynb #67c8ac5b
 MOST_LAYERS = 10_000
@@ -149,12 +157,13 @@ def check(model: Model = "smollm2-135m", sae: Saes = ["default"], text: Source =
           as_json: Json = False):
     "What adapt will meet: the text, how rows begin, the gap, what the SAEs do, time and memory."
     adapter = dict(rank=rank, layers=parse_layers(layers))
+    training = dict(recipe=recipe, keep=keep) | parse_batch(batch, tokens, length, recipe)
+    saes = read_inputs(sae, text)
     from sae_lora.adapt import ready
     from sae_lora.check import expected, fuses, lines, preflight, warnings_of
     from sae_lora.train import ADAPTER
     adapter |= ADAPTER.get(recipe, {})
-    training = dict(recipe=recipe, keep=keep) | parse_batch(batch, tokens, length, recipe)
-    lm, tok, saes, blocks = ready(model, parse_saes(sae), text, length, 3072, device=device)
+    lm, tok, saes, blocks = ready(model, saes, text, length, 3072, device=device)
     found = preflight(lm, tok, saes, blocks.valid, adapter, training, steps=6)
     found |= expected(found, tokens, valid_tokens, fuses(lm, tokens, training))
     found |= dict(text=blocks.source, text_hash=blocks.hash, warnings=warnings_of(found))
@@ -181,10 +190,11 @@ def adapt(out: Out, model: Model = "smollm2-135m", sae: Saes = ["default"], text
           as_json: Json = False):
     "Splice SAEs into a model, train a LoRA adapter around them, measure, and save the adapter."
     at, changes = parse_layers(layers), parse_batch(batch, tokens, length, recipe)
+    saes = read_inputs(sae, text, valid_text)
     from sae_lora.adapt import run_adapt
     changes["keep_unspliced"] = keep_unspliced or None
     if lr is not None: changes["lr"] = lr
-    *_, r = run_adapt(out, parse_saes(sae), model, text, valid_text=valid_text, cut=cut,
+    *_, r = run_adapt(out, saes, model, text, valid_text=valid_text, cut=cut,
                       length=length, tokens=tokens, valid_tokens=valid_tokens, rank=rank,
                       layers=at, recipe=recipe, keep=keep, seed=seed,
                       device=device, spread=shard, resume=resume, force=force, told=_tell,
@@ -237,13 +247,12 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or
     "Measure a saved adapter again, on any text."
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; give one that sae-lora adapt or demo wrote")
-    from sae_lora.adapt import (check_text, held_out, is_evaluation, read_report, report,
-                                write_report)
+    read_inputs([], text)
+    from sae_lora.adapt import held_out, is_evaluation, read_report, report, write_report
     from sae_lora.lora import load_adapter
     out = out or folder / f"evaluate-{Path(text).stem[:99]}.json"
     free_file(out, is_evaluation, force)
     was = read_report(folder)
-    check_text(text)
     lm, tok, saes, _ = load_adapter(folder / "adapter", device=device)
     if lm.name_or_path != was["model"]:
         raise UsageError(f"{folder}: report.json is of {was['model'][:60]}, the adapter of "
@@ -275,6 +284,7 @@ def train_sae(out: Out, model: Model = "smollm2-135m", text: Source = "default",
     if batch > tokens:
         raise UsageError(f"--tokens {tokens} are less than one step of --batch {batch}; "
                          "give more tokens, or a smaller batch")
+    read_inputs([], text)
     from sae_lora.adapt import run_train_sae, sae_card
     r = run_train_sae(out, model, text, layer=layer, width=width, k=k, tokens=tokens,
                       text_tokens=text_tokens, lr=lr, batch=batch, valid_tokens=valid_tokens,
