@@ -47,9 +47,11 @@ def parse_saes(specs: list[str]) -> dict:
     return saes
 
 # %% ../nbs/11_cli.ipynb #c102488f
-def read_inputs(saes: list[str], *texts: str | None) -> dict:
-    "SAEs as `parse_saes` gives them, and a look at the `texts`, before a model is loaded for them."
+def read_inputs(saes: list[str], model: str, *texts: str | None) -> dict:
+    "SAEs as `parse_saes` gives them; before that a look at what `model` and `texts` name."
+    from sae_lora.checked import model_path
     from sae_lora.documents import check_text
+    model_path(model)
     for text in filter(None, texts[1:]): check_text(text)  # what is optional may be empty
     check_text(texts[0])
     return parse_saes(saes)
@@ -158,7 +160,7 @@ def check(model: Model = "smollm2-135m", sae: Saes = ["default"], text: Source =
     "What adapt will meet: the text, how rows begin, the gap, what the SAEs do, time and memory."
     adapter = dict(rank=rank, layers=parse_layers(layers))
     training = dict(recipe=recipe, keep=keep) | parse_batch(batch, tokens, length, recipe)
-    saes = read_inputs(sae, text)
+    saes = read_inputs(sae, model, text)
     from sae_lora.adapt import ready
     from sae_lora.check import expected, fuses, lines, preflight, warnings_of
     from sae_lora.train import ADAPTER
@@ -190,7 +192,7 @@ def adapt(out: Out, model: Model = "smollm2-135m", sae: Saes = ["default"], text
           as_json: Json = False):
     "Splice SAEs into a model, train a LoRA adapter around them, measure, and save the adapter."
     at, changes = parse_layers(layers), parse_batch(batch, tokens, length, recipe)
-    saes = read_inputs(sae, text, valid_text)
+    saes = read_inputs(sae, model, text, valid_text)
     from sae_lora.adapt import run_adapt
     changes["keep_unspliced"] = keep_unspliced or None
     if lr is not None: changes["lr"] = lr
@@ -247,7 +249,8 @@ def evaluate(folder: Annotated[Path, typer.Argument(help="A folder that adapt or
     "Measure a saved adapter again, on any text."
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; give one that sae-lora adapt or demo wrote")
-    read_inputs([], text)
+    from sae_lora.documents import check_text
+    check_text(text)
     from sae_lora.adapt import held_out, is_evaluation, read_report, report, write_report
     from sae_lora.lora import load_adapter
     out = out or folder / f"evaluate-{Path(text).stem[:99]}.json"
@@ -284,7 +287,7 @@ def train_sae(out: Out, model: Model = "smollm2-135m", text: Source = "default",
     if batch > tokens:
         raise UsageError(f"--tokens {tokens} are less than one step of --batch {batch}; "
                          "give more tokens, or a smaller batch")
-    read_inputs([], text)
+    read_inputs([], model, text)
     from sae_lora.adapt import run_train_sae, sae_card
     r = run_train_sae(out, model, text, layer=layer, width=width, k=k, tokens=tokens,
                       text_tokens=text_tokens, lr=lr, batch=batch, valid_tokens=valid_tokens,

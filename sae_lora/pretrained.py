@@ -15,8 +15,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from typing_extensions import TypedDict
 
-from .checked import (Count, a_file, check_finite, mistake, no_file, read_json, said,
-                              shapes_in)
+from .checked import (Count, a_file, check_finite, mistake, model_path, no_file, read_json,
+                              said, shapes_in)
 from .embedded import EMBEDDED, embedded, load_gguf, quietly
 from .files import UsageError
 from .hub import asking, why
@@ -160,12 +160,8 @@ def load_tokenizer(place, where=None, local: bool = False):
 def _found(name: str) -> tuple[Path | str, bool]:
     "Where a model is: a path, or a hub id; and whether it is here."
     if name in EMBEDDED: return embedded(name), True
-    path = Path(name).expanduser() if name.startswith("~") else Path(name)
-    reason = no_file(path)
-    if reason == "a folder" or path.suffix == ".gguf": return path, True
-    if reason != "no such file" or name[:1] in ("", ".", "/", "~"):
-        raise mistake(f"model {name[-99:]!r}", reason or "a file, but not a .gguf file", _GIVE)
-    return name, False
+    path = model_path(name, _GIVE)
+    return (path, True) if path else (name, False)
 
 # %% ../nbs/00e_pretrained.ipynb #20a3a0a5
 def from_pretrained(name: str, dtype=torch.float32) -> tuple:
