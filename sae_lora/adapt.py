@@ -172,7 +172,7 @@ def _save(out: Path, lm, saes: dict, curve: list[dict], r: dict):
 @contextmanager
 def _own_folder(out: Path, resume: bool, force: bool):
     "Inside, the folder `out` is this run's alone; gives the parameters of a run that goes on there."
-    free_folder(out, resume, force)
+    if leads(): free_folder(out, resume, force)  # of several processes one looks, and writes
     with held(out) if leads() else nullcontext():
         if force and not resume: (out / STATE).unlink(missing_ok=True)
         yield kept_run(out / STATE) or {}

@@ -101,7 +101,9 @@ def _command(**settings):
     def register(function):
         @functools.wraps(function)
         def run(*args, **kwargs):
-            if "resume" in kwargs: free_folder(*(kwargs[n] for n in ("out", "resume", "force")))
+            first = os.environ.get("RANK", "0") == "0"  # of several processes one looks
+            if "resume" in kwargs and first:
+                free_folder(*(kwargs[n] for n in ("out", "resume", "force")))
             try: return function(*args, **kwargs)
             except KeyboardInterrupt as e:
                 raise halted(e, kwargs.get("out") if "resume" in kwargs else None) from None

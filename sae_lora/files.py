@@ -153,7 +153,8 @@ def _try_writing(folder: Path):
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder): pass
-    for path in missing: path.rmdir()
+    for path in missing:
+        if not any(path.iterdir()): path.rmdir()  # another run may have begun there
 
 @contextmanager
 def _telling(out: Path):
