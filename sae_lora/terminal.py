@@ -22,8 +22,8 @@ MODELS = (("base", "out", "off"), ("spliced", "in", "off"), ("adapted", "in", "o
 def _closed(r: dict, model: str, share: str) -> str:
     "A share with its interval, where `model` is the one it belongs to and there is one to tell."
     if model != "adapted" or share == "gap_closed" and no_share(r): return ""
-    low, high = r["ci95"][share]
-    return f"{100 * r[share]:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+    told, low, high = (round(100 * x) for x in (r[share], *r["ci95"][share]))
+    return f"{told} % ({low} to {high})"
 
 # %% ../nbs/10d_terminal.ipynb #9724816d
 def show(r: dict, console: Console):
