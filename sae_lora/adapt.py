@@ -8,7 +8,7 @@ __all__ = ['CHECKED', 'SPARE', 'SAE_CARD', 'SAE_MEASURED', 'held_out', 'report',
            'run_train_sae']
 
 # %% ../nbs/10b_adapt.ipynb #ded51370
-import json, math, tempfile
+import json, math
 from contextlib import contextmanager, nullcontext
 from importlib.metadata import version
 from pathlib import Path
@@ -18,8 +18,8 @@ from annotated_types import Ge, Le
 from torch import Tensor
 from typing_extensions import TypedDict
 
-from .check import (duration, expected, fuses, memory_of, peak_memory, preflight,
-                            step_rows, tokens_in, warnings_of)
+from .check import (expected, fuses, memory_of, peak_memory, preflight, step_rows,
+                            tokens_in, warnings_of)
 from .checked import read_json
 from .documents import EMBEDDED_TEXTS
 from .files import (STATE, UsageError, cache_path, free_folder, held, in_range, room,
@@ -146,9 +146,8 @@ def read_report(folder: Path) -> dict:
 # %% ../nbs/10b_adapt.ipynb #bd3edb7d
 def is_evaluation(path: Path) -> bool:
     "Whether a file is a report that `evaluate` wrote."
-    try: r = json.loads(path.read_text())
-    except (ValueError, OSError, RecursionError): return False
-    return isinstance(r, dict) and r.get("command") == "evaluate"
+    try: return read_json(path).get("command") == "evaluate"
+    except UsageError: return False
 
 # %% ../nbs/10b_adapt.ipynb #25b81fba
 def _picture(folder: Path, curve: list[dict], r: dict):
@@ -174,7 +173,7 @@ def _own_folder(out: Path, resume: bool, force: bool):
     "Inside, the folder `out` is this run's alone; gives the parameters of a run that goes on there."
     if leads(): free_folder(out, resume, force)  # of several processes one looks, and writes
     with held(out) if leads() else nullcontext():
-        if force and not resume: (out / STATE).unlink(missing_ok=True)
+        if leads() and force and not resume: (out / STATE).unlink(missing_ok=True)
         yield kept_run(out / STATE) or {}
 
 # %% ../nbs/10b_adapt.ipynb #065ebdf3

@@ -21,7 +21,7 @@ from .files import (RATES, SEEDS, UsageError, free_file, free_folder, in_range, 
                             patient_threads)
 
 patient_threads()  # before torch is loaded
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # before it is loaded, too
 
 # %% ../nbs/11_cli.ipynb #f7ab3b08
 def _placed(spec: str) -> tuple[str, str]:
@@ -102,7 +102,7 @@ def _command(**settings):
         @functools.wraps(function)
         def run(*args, **kwargs):
             first = os.environ.get("RANK", "0") == "0"  # of several processes one looks
-            if "resume" in kwargs and first:
+            if "resume" in kwargs and first:  # before anything large is imported
                 free_folder(*(kwargs[n] for n in ("out", "resume", "force")))
             try: return function(*args, **kwargs)
             except KeyboardInterrupt as e:

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from .embedded import EMBEDDED, embedded, quietly
+from .embedded import EMBEDDED, embedded
 from .files import UsageError
 from .pretrained import check_causal, from_pretrained, load_tokenizer
 

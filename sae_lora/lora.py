@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM
 from typing_extensions import NotRequired, TypedDict
 
 from .checked import Count, Finite, mistake, no_file, read_json, read_tensors, said
+from .embedded import quietly
 from .files import UsageError, in_range, written
 from .hub import asking, why
-from .lm import layers as blocks_of, linears, load_lm, quietly, special_ids
+from .lm import layers as blocks_of, linears, load_lm, special_ids
 from .sae import fingerprint, hook_name, load_sae, save_sae, site
 from .splice import KEEP, check_saes, splice
 

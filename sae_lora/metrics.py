@@ -9,7 +9,7 @@ __all__ = ['shared_layer', 'four_models', 'token_losses', 'bootstrap', 'fideliti
 import torch
 from torch import Tensor
 
-from .lm import device_of, head, hidden, on_device, resume
+from .lm import head, hidden, on_device, resume
 from .lora import lora_layers, only, without_lora
 from .loss import losses
 from .sae import pieces, reconstruct

@@ -96,6 +96,9 @@ def _model(place: str, dtype, where, mend: str, shapes: dict | None = None):
     load = partial(AutoModelForCausalLM.from_pretrained, ignore_mismatched_sizes=True, **safe)
     lm, info = quietly(load, place, **kinds)  # what does not match is told by us
     _complete(info, where, mend)
+    named = getattr(config, "quantization_config", None)
+    if named and getattr(lm, "hf_quantizer", None) is None:
+        raise mistake(where, "config.json names a quantization that its weights do not have", mend)
     return lm
 
 # %% ../nbs/00e_pretrained.ipynb #e43f5e4a

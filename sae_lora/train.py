@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .files import RATES, SEEDS, UsageError, in_range
-from .lm import Head, default_device, device_of, head, hidden, on_device, processes, resume, sharded
+from .lm import Head, default_device, head, hidden, on_device, processes, resume, sharded
 from .loop import loop, order, shared
 from .loss import arithmetic, attention, can_compile, compiled, kl_loss, prepared
 from .lora import lora_parameters, only, without_lora

@@ -212,7 +212,7 @@ MODELS = {
     "a smaller vocabulary throughout": (lambda d: shrunk(d), ["tokenizer"]),
     "no heads": (config(num_attention_heads=0), ["num_attention_heads"]),
     "heads in words": (config(num_attention_heads="four"), ["num_attention_heads"]),
-    "bitsandbytes": (config(quantization_config=dict(quant_method="bitsandbytes")), None),
+    "bitsandbytes": (config(quantization_config=dict(quant_method="bitsandbytes")), ["quant"]),
     "a kernel of the hub": (config(attn_implementation="org/kernel"), None),
     "an attention of the hub": (config(_attn_implementation="org/kernel"), None),
     "code of its own": (config(auto_map={"AutoConfig": "x.Y", "AutoModelForCausalLM": "x.Y"},
