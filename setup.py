@@ -1,4 +1,5 @@
 """The package as settings.ini describes it, with `data/` inside the wheel as `sae_lora/data`."""
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -7,13 +8,32 @@ from setuptools import setup
 config = ConfigParser(delimiters=["="])
 config.read("settings.ini", encoding="utf-8")
 s = config["DEFAULT"]
-data = [str(p.relative_to("data")) for p in Path("data").rglob("*") if p.is_file() and not p.name.endswith(".part.jsonl")]
+data = [
+    str(p.relative_to("data"))
+    for p in Path("data").rglob("*")
+    if p.is_file() and not p.name.endswith(".part.jsonl")
+]
 
 setup(
-    name=s["lib_name"], version=s["version"], description=s["description"], author=s["author"], author_email=s["author_email"],
-    url=s["git_url"], license="Apache-2.0", keywords=s["keywords"].split(), python_requires=f">={s['min_python']}",
-    long_description=Path("README.md").read_text(encoding="utf-8"), long_description_content_type="text/markdown",
-    packages=["sae_lora", "sae_lora.data"], package_dir={"sae_lora.data": "data"}, package_data={"sae_lora.data": data},
-    install_requires=s["requirements"].split(), extras_require={"tasks": s["tasks_requirements"].split(), "dev": (s["dev_requirements"] + " " + s["tasks_requirements"]).split()},
-    entry_points={"console_scripts": s["console_scripts"].split()}, zip_safe=False,
+    name=s["lib_name"],
+    version=s["version"],
+    description=s["description"],
+    author=s["author"],
+    author_email=s["author_email"],
+    url=s["git_url"],
+    license="Apache-2.0",
+    keywords=s["keywords"].split(),
+    python_requires=f">={s['min_python']}",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    packages=["sae_lora", "sae_lora.data"],
+    package_dir={"sae_lora.data": "data"},
+    package_data={"sae_lora.data": data},
+    install_requires=s["requirements"].split(),
+    extras_require={
+        "tasks": s["tasks_requirements"].split(),
+        "dev": (s["dev_requirements"] + " " + s["tasks_requirements"]).split(),
+    },
+    entry_points={"console_scripts": s["console_scripts"].split()},
+    zip_safe=False,
 )

@@ -4,6 +4,7 @@ An entry is a function of a device and a dtype that calls public functions as a 
 is on the device, and everything else is left where the package puts it (SAEs as `load_sae` gives
 them, rows as `token_blocks` does). It returns numbers, which have to be those of the CPU.
 """
+
 import importlib
 import json
 import os
@@ -13,11 +14,12 @@ import sys
 import tempfile
 import time
 import traceback
+from collections import Counter
 from contextlib import ExitStack, contextmanager, redirect_stdout
-from functools import lru_cache
+from functools import lru_cache, partial
 from io import StringIO
 from pathlib import Path
-from types import FunctionType
+from types import FunctionType, SimpleNamespace
 from typing import Callable, NamedTuple
 from unittest.mock import patch
 
@@ -27,17 +29,26 @@ from conftest import random_sae, tiny
 from torch import Tensor, nn
 
 import sae_lora
-from sae_lora import adapt, check, cli, experiments, latents, loop, lora, loss, metrics, results
-from sae_lora import lm as models_of
-from sae_lora import sae as saes_of
-from sae_lora import pretrained, saebench, splice, states, steering, tasks, terminal, text, train
 
 MODULES = [m.name for m in pkgutil.iter_modules(sae_lora.__path__) if m.name[0] != "_"]
-PACKAGE = [importlib.import_module(f"sae_lora.{name}") for name in MODULES]
+PACKAGE = {name: importlib.import_module(f"sae_lora.{name}") for name in MODULES}
+SAID = Counter(name for module in PACKAGE.values() for name in module.__all__)
+HOMES = {n: module for module in PACKAGE.values() for n in module.__all__ if SAID[n] == 1}
+
+
+class Names:
+    "The public names of the package that one module alone has, wherever that is now."
+
+    def __getattr__(self, name: str):
+        return getattr(HOMES[name], name)
+
+
+api = Names()
 
 
 class Entry(NamedTuple):
     "Something to run on a device; the public functions it tries, as `module.name`; packages."
+
     run: Callable
     covers: tuple
     needs: tuple
@@ -46,14 +57,19 @@ class Entry(NamedTuple):
 ENTRIES: dict[str, Entry] = {}
 
 
+def _run(function: Callable, more: tuple, device, dtype):
+    return function(device, dtype, *more)
+
+
 def covers(*names, each=((),), needs=()):
     "Register a function as an entry, or as one for each tuple of further arguments."
+
     def register(function):
         for more in each:
             name = "-".join([function.__name__, *map(str, more)])
-            run = lambda device, dtype, more=more: function(device, dtype, *more)
-            ENTRIES[name] = Entry(run, names, needs)
+            ENTRIES[name] = Entry(partial(_run, function, more), names, needs)
         return function
+
     return register
 
 
@@ -86,12 +102,29 @@ def tokenizer():
     "97 tokens; most are words of three letters and more, with the space before them."
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
-    vocabulary = {t: i for i, t in enumerate(SPECIAL + [f"Ġ{w}" for w in WORDS])}
+
+    tokens = SPECIAL + [f"Ġ{w}" for w in WORDS]
+    vocabulary = {t: i for i, t in enumerate(tokens)}
     tok = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tok.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tok.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tok, bos_token="<s>", eos_token="</s>",
-                                   unk_token="<unk>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tok,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="<pad>",
+    )
+
+
+def letter_texts() -> tuple[list[str], list[str]]:
+    "Twelve texts for each of four letters, of words that begin with it; and the letters."
+    draw = random.Random(1)
+    letters = [letter for letter in "abcd" for _ in range(12)]
+    words = {}
+    for word in WORDS:
+        words.setdefault(word[0], []).append(word)
+    return [" ".join(draw.choices(words[c], k=6)) for c in letters], letters
 
 
 @lru_cache(None)
@@ -101,7 +134,7 @@ def model_folder(architecture: str = "llama", layers: int = 4) -> Path:
         lm, folder = tiny(architecture), room(f"model-{architecture}-{layers}")
     g = torch.Generator().manual_seed(1)
     letters = torch.randn(8, 32, generator=g).repeat_interleave(len(SYLLABLES), 0)
-    lm.get_input_embeddings().weight.data[len(SPECIAL):] += letters
+    lm.get_input_embeddings().weight.data[len(SPECIAL) :] += letters
     lm.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return folder
@@ -109,26 +142,26 @@ def model_folder(architecture: str = "llama", layers: int = 4) -> Path:
 
 def loaded(device, dtype, architecture: str = "llama") -> tuple:
     "Model and tokenizer, as a user has them."
-    return models_of.load_lm(model_folder(architecture), dtype, device)
+    return api.load_lm(model_folder(architecture), dtype, device)
 
 
 @lru_cache(None)
 def sae_folder(kind: str = "topk", layer: int = 1) -> Path:
     "An SAE on disk that suits any hidden states: its latents are coordinates, up and down."
-    sae = random_sae(kind, hook_name=f"blocks.{layer}.hook_resid_post", seed=layer)
+    sae = random_sae(kind, hook_name=api.hook_point(layer), seed=layer)
     q = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(layer)))[0]
     with torch.no_grad():
         sae.W_dec.copy_(torch.cat([q, -q]))
         sae.W_enc.copy_(sae.W_dec.T)
         if kind == "jumprelu":
             sae.threshold.add_(6)  # enough is lost for an adapter to win something back
-    saes_of.save_sae(sae, room(f"sae-{kind}-{layer}"))
+    api.save_sae(sae, room(f"sae-{kind}-{layer}"))
     return room(f"sae-{kind}-{layer}")
 
 
 def sae(kind: str = "topk", layer: int = 1):
     "An SAE as `load_sae` gives it: on the CPU."
-    return saes_of.load_sae(sae_folder(kind, layer))
+    return api.load_sae(sae_folder(kind, layer))
 
 
 @lru_cache(None)
@@ -158,21 +191,20 @@ ROWS = {"plain": {}, "padded": dict(pack=False), "per_document": dict(per_docume
 @lru_cache(None)
 def blocks(kind: str = "plain"):
     "Rows of 16 tokens: end to end, one text each and padding, or each document by itself."
-    return text.token_blocks(documents(), tokenizer(), 16, 24 * 16, 12 * 16, share=0.3,
-                             **ROWS[kind])
+    return api.token_blocks(documents(), tokenizer(), 16, 24 * 16, 12 * 16, share=0.3, **ROWS[kind])
 
 
 def numbers(lm, seed: int = 0):
     "Give the adapter of `lm` weights that do something."
     g = torch.Generator().manual_seed(seed)
-    for p in lora.lora_parameters(lm).values():
+    for p in api.lora_parameters(lm).values():
         p.data.copy_(torch.randn(p.shape, generator=g) * 0.1)
 
 
 def adapted(device, dtype, kind: str = "topk", architecture: str = "llama") -> tuple:
     "A model with an adapter, its tokenizer, and SAEs as `load_sae` gives them."
     lm, tok = loaded(device, dtype, architecture)
-    lora.add_lora(lm, {1: sae(kind)}, rank=2)
+    api.add_lora(lm, {1: sae(kind)}, rank=2)
     numbers(lm)
     return lm, tok, {1: sae(kind)}
 
@@ -182,7 +214,7 @@ RUN = dict(tokens=4 * 2 * 16, batch=2)  # four steps
 
 def parameters(lm, name=None) -> Tensor:
     "The adapter's weights, as one vector."
-    return torch.cat([p.detach().flatten() for p in lora.lora_parameters(lm, name).values()])
+    return torch.cat([p.detach().flatten() for p in api.lora_parameters(lm, name).values()])
 
 
 def losses_of(curve: list[dict]) -> list[float]:
@@ -192,52 +224,90 @@ def losses_of(curve: list[dict]) -> list[float]:
 
 # Passes through the model.
 
-@covers("lm.load_lm", "lm.stack", "lm.layers", "lm.special_ids", "lm.hidden",
-        "lm.resume", "lm.hidden_each", "lm.head", "lm.Head", "text.model_inputs", "text.Blocks",
-        "text.token_blocks", "text.beginning", "text.separator", "text.targets",
-        "lm.on_device", "lm.device_of",
-        each=[("llama",), ("gemma3",), ("gpt2",)])
+
+@covers(
+    "lm.load_lm",
+    "lm.stack",
+    "lm.decoder_blocks",
+    "lm.special_ids",
+    "hidden.hidden",
+    "hidden.resume",
+    "hidden.hidden_each",
+    "lm.head",
+    "lm.Head",
+    "text.model_inputs",
+    "text.token_ids",
+    "text.Blocks",
+    "text.token_blocks",
+    "text.beginning",
+    "text.separator",
+    "text.targets",
+    "lm.on_device",
+    "lm.device_of",
+    each=[("llama",), ("gemma3",), ("gpt2",)],
+)
 def passes(device, dtype, architecture):
     lm, _ = loaded(device, dtype, architecture)
-    W, out = models_of.head(lm), {"special": models_of.special_ids(lm)}
+    W, out = api.head(lm), {"special": api.special_ids(lm)}
     for kind in ROWS:
-        batch = text.model_inputs(blocks(kind).train[:4])
-        h = models_of.hidden(lm, batch, 1)
-        with models_of.resume(lm, 1, h):
-            final = models_of.hidden(lm, batch, "final")
-        each = list(models_of.hidden_each(lm, batch, [-1, 2, "final"]))
-        wanted = text.targets(blocks(kind).train[:4])
+        batch = api.model_inputs(blocks(kind).train[:4])
+        h = api.hidden(lm, batch, 1)
+        with api.resume(lm, 1, h):
+            final = api.hidden(lm, batch, "final")
+        each = list(api.hidden_each(lm, batch, [-1, 2, "final"]))
+        wanted = api.targets(blocks(kind).train[:4])
         out[kind] = dict(h=h, final=final, logits=W(final), each=each, wanted=wanted)
     return out
 
 
-@covers("splice.splice", "splice.Splice", "splice.check_saes", "splice.check_fit", "splice.fvu",
-        "splice.replaced", "splice.replaceable", "splice.positions_kept", "splice.Identity",
-        "sae.load_sae", "sae.reconstruct", "sae.active", "sae.hook_name", "sae.site",
-        "sae.fingerprint", "sae.pieces", "splice.at_home",
-        each=[(k, a) for k in ("topk", "jumprelu") for a in ("llama", "gemma2", "gpt2")])
+@covers(
+    "splice.splice",
+    "splice.Splice",
+    "splice.check_saes",
+    "splice.check_fit",
+    "splice.fvu",
+    "splice.replaced",
+    "splice.replaceable",
+    "splice.positions_kept",
+    "splice.Identity",
+    "sae.load_sae",
+    "sae.reconstruct",
+    "sae.active",
+    "sae.hook_name",
+    "sae.layer_of",
+    "sae.fingerprint",
+    "sae.pieces",
+    "splice.at_home",
+    each=[(k, a) for k in ("topk", "jumprelu") for a in ("llama", "gemma2", "gpt2")],
+)
 def splices(device, dtype, kind, architecture):
     lm, _ = loaded(device, dtype, architecture)
     out = {}
     for rows in ROWS:
-        batch = text.model_inputs(blocks(rows).train[:4])
-        splice.check_fit(lm, {1: sae(kind)}, batch)
-        with splice.splice(lm, {1: sae(kind), 2: sae(kind, 2)}) as state, torch.no_grad():
-            spliced = models_of.hidden(lm, batch, "final")
-        with splice.splice(lm, {-1: splice.Identity(32)}, keep="none"), torch.no_grad():
-            plain = models_of.hidden(lm, batch, "final")
+        batch = api.model_inputs(blocks(rows).train[:4])
+        api.check_fit(lm, {1: sae(kind)}, batch)
+        with api.splice(lm, {1: sae(kind), 2: sae(kind, 2)}) as state, torch.no_grad():
+            spliced = api.hidden(lm, batch, "final")
+        with api.splice(lm, {-1: api.Identity(32)}, keep="none"), torch.no_grad():
+            plain = api.hidden(lm, batch, "final")
         out[rows] = dict(spliced=spliced, plain=plain, fired=sum(state.fired.values()))
-    x = splice.replaced(lm, batch, 1)
-    own = splice.check_saes(lm, {1: sae(kind)})[1]  # this puts an SAE where it belongs
+    x = api.replaced(lm, batch, 1)
+    own = api.check_saes(lm, {1: sae(kind)})[1]  # this puts an SAE where it belongs
     with torch.no_grad():
-        found = saes_of.reconstruct(own, x)
-        active = saes_of.active(own, x.float())[0].sort().values if kind == "topk" else None
-        with patch.object(saes_of, "PIECE", 64 * 5):  # five positions at a time
-            parted = saes_of.reconstruct(own, x)
-    where = splice.replaceable(lm, batch)
-    return out | dict(x=x, found=found, active=active, parted=parted,
-                      fvu=splice.fvu(x.float(), found.float()), where=where,
-                      fingerprint=saes_of.fingerprint(own))
+        found = api.reconstruct(own, x)
+        active = PACKAGE["sae"].active(own, x.float())[0].sort().values if kind == "topk" else None
+        with patch.object(PACKAGE["sae"], "PIECE", 64 * 5):  # five positions at a time
+            parted = api.reconstruct(own, x)
+    where = api.replaceable(lm, batch)
+    return out | dict(
+        x=x,
+        found=found,
+        active=active,
+        parted=parted,
+        fvu=api.fvu(x.float(), found.float()),
+        where=where,
+        fingerprint=api.fingerprint(own),
+    )
 
 
 @covers("splice.splice", "sae.load_sae", each=KINDS)
@@ -245,7 +315,7 @@ def generation(device, dtype, kind):
     lm, tok, saes = adapted(device, dtype, kind)
     ids = blocks().valid[:2, :6].to(device)  # Hugging Face's own function takes what is there
     options = dict(max_new_tokens=5, do_sample=False, pad_token_id=0, eos_token_id=None)
-    with splice.splice(lm, saes):
+    with api.splice(lm, saes):
         cached, plain = (lm.generate(ids, **options, use_cache=c) for c in (True, False))
     assert dtype != torch.float32 or torch.equal(cached, plain)
     return dict(cached=cached)
@@ -254,133 +324,207 @@ def generation(device, dtype, kind):
 @covers("sae.save_sae", "sae.load_sae", "sae.fingerprint")
 def saes_saved_from_the_device(device, dtype):
     lm, _ = loaded(device, dtype)
-    own, folder = splice.check_saes(lm, {1: sae()})[1], fresh()
-    saes_of.save_sae(own, folder / "whole")
-    saes_of.save_sae(own, folder / "half", half=True)
-    again, half = (saes_of.load_sae(folder / n) for n in ("whole", "half"))
-    assert saes_of.fingerprint(again) == saes_of.fingerprint(own)
+    own, folder = api.check_saes(lm, {1: sae()})[1], fresh()
+    api.save_sae(own, folder / "whole")
+    api.save_sae(own, folder / "half", half=True)
+    again, half = (api.load_sae(folder / n) for n in ("whole", "half"))
+    assert api.fingerprint(again) == api.fingerprint(own)
     return dict(half=half.W_dec)
 
 
 # Adapters.
 
-@covers("lora.add_lora", "lora.lora_parameters", "lora.lora_layers", "lora.without_lora",
-        "lora.only", "lm.linears", each=[("llama",), ("gemma2",), ("gpt2",)])
-def adapters(device, dtype, architecture):
+
+@covers(
+    "lora.add_lora",
+    "lora.lora_parameters",
+    "lora.lora_layers",
+    "lora.without_lora",
+    "lora.only",
+    "lm.linears",
+    each=[("llama",), ("gemma2",), ("gpt2",)],
+)
+def adapters_on_and_off(device, dtype, architecture):
     lm, _ = loaded(device, dtype, architecture)
-    batch, out = text.model_inputs(blocks().train[:4]), {}
+    batch, out = api.model_inputs(blocks().train[:4]), {}
     for name in ("one", "two"):
-        lora.add_lora(lm, {1: sae()}, rank=2, name=name)
+        api.add_lora(lm, {1: sae()}, rank=2, name=name)
         numbers(lm)
     with torch.no_grad():
         for name in ("one", "two"):
-            with lora.only(lm, name):
-                out[name] = models_of.hidden(lm, batch, "final")
-        with lora.without_lora(lm):
-            out["base"] = models_of.hidden(lm, batch, "final")
-    return out | dict(layers=lora.lora_layers(lm), first=parameters(lm, "one"))
+            with api.only(lm, name):
+                out[name] = api.hidden(lm, batch, "final")
+        with api.without_lora(lm):
+            out["base"] = api.hidden(lm, batch, "final")
+    return out | dict(layers=PACKAGE["lora"].lora_layers(lm), first=parameters(lm, "one"))
 
 
-@covers("lora.save_adapter", "lora.attach_adapter", "lora.load_adapter", "lora.Adapted",
-        each=KINDS)
+@covers(
+    "adapters.save_adapter",
+    "adapters.attach_adapter",
+    "adapters.load_adapter",
+    "adapters.Adapted",
+    each=KINDS,
+)
 def adapters_saved_and_loaded(device, dtype, kind):
     lm, _, saes = adapted(device, dtype, kind)
     folder, rows = fresh(), blocks().valid
-    report = metrics.fidelity(lm, saes, rows)
-    lora.save_adapter(lm, saes, folder, metrics=report)
+    report = api.fidelity(lm, saes, rows)
+    api.save_adapter(lm, saes, folder, metrics=report)
     lm, _ = loaded(device, dtype)
-    attached = lora.attach_adapter(lm, folder)
-    with splice.splice(lm, attached):
-        inside = models_of.hidden(lm, text.model_inputs(rows[:2]), "final")
-    again = metrics.fidelity(lm, attached, rows)
-    lm, _, saes, spliced = lora.load_adapter(folder, dtype=dtype, device=device)
+    attached = api.attach_adapter(lm, folder)
+    with api.splice(lm, attached):
+        inside = api.hidden(lm, api.model_inputs(rows[:2]), "final")
+    again = api.fidelity(lm, attached, rows)
+    lm, _, saes, spliced = api.load_adapter(folder, dtype=dtype, device=device)
     with spliced(), torch.no_grad():
-        loaded_inside = models_of.hidden(lm, text.model_inputs(rows[:2]), "final")
-    curve = train.fit_lora(lora.load_adapter(folder, True, dtype=dtype, device=device).lm,
-                           saes, blocks().train, **RUN)
-    return dict(report=report, again=again, inside=inside, loaded=loaded_inside,
-                curve=losses_of(curve))
+        loaded_inside = api.hidden(lm, api.model_inputs(rows[:2]), "final")
+    curve = api.fit_lora(
+        api.load_adapter(folder, True, dtype=dtype, device=device).lm,
+        saes,
+        blocks().train,
+        **RUN,
+    )
+    return dict(
+        report=report, again=again, inside=inside, loaded=loaded_inside, curve=losses_of(curve)
+    )
 
 
 # Measures.
 
-@covers("metrics.fidelity", "metrics.fidelities", "metrics.token_losses", "metrics.held_out_loss",
-        "metrics.sparsity", "metrics.four_models", "metrics.shared_layer", "metrics.bootstrap",
-        "loss.losses", each=[*(("topk", r) for r in ROWS), ("jumprelu", "padded")])
+
+@covers(
+    "metrics.fidelity",
+    "metrics.fidelities",
+    "metrics.token_losses",
+    "metrics.held_out_loss",
+    "metrics.sparsity",
+    "models.four_models",
+    "models.prefix_layer",
+    "metrics.bootstrap",
+    "loss.losses",
+    "loss.joined",
+    "loss.cross_entropy",
+    "metrics.usual",
+    "models.tagged",
+    each=[*(("topk", r) for r in ROWS), ("jumprelu", "padded")],
+)
 def measures(device, dtype, kind, rows):
     lm, _, saes = adapted(device, dtype, kind)
-    valid, out = blocks(rows).valid, {"shared": metrics.shared_layer(lm, saes)}
-    fresh_saes = lambda: {1: sae(kind)}  # on the CPU, for each measure again
-    out["fidelity"] = metrics.fidelity(lm, fresh_saes(), valid)
-    out["fidelities"] = metrics.fidelities(lm, fresh_saes(), valid, ["default"])
-    tokens = metrics.token_losses(lm, fresh_saes(), valid, batch=5)
+    valid, out = blocks(rows).valid, {"shared": api.prefix_layer(lm, saes)}
+
+    def fresh_saes():
+        return {1: sae(kind)}  # on the CPU, for each measure again
+
+    out["fidelity"] = api.fidelity(lm, fresh_saes(), valid)
+    out["fidelities"] = api.fidelities(lm, fresh_saes(), valid, ["default"])
+    tokens = api.token_losses(lm, fresh_saes(), valid, batch=5)
     out["tokens"] = torch.stack([x for kind in ("ce", "kl") for x in tokens[kind].values()])
-    out["held_out"] = metrics.held_out_loss(lm, fresh_saes(), valid)()
-    out["sparsity"] = metrics.sparsity(lm, sae(kind), 1, valid)
+    out["held_out"] = api.held_out_loss(lm, fresh_saes(), valid)()
+    out["sparsity"] = api.sparsity(lm, sae(kind), 1, valid)
     with torch.no_grad():
-        batch = text.model_inputs(valid[:2])
-        out["four"] = metrics.four_models(lm, fresh_saes(), batch)
+        batch = api.model_inputs(valid[:2])
+        out["four"] = api.four_models(lm, fresh_saes(), batch)
     return out
 
 
-@covers("saebench.loss_recovered", "saebench.Zero", "saebench.explained_variance",
-        each=KINDS)
+@covers("saebench.loss_recovered", "saebench.Zero", "saebench.explained_variance", each=KINDS)
 def recovery(device, dtype, kind):
     out = {}
     for clean in ("base", "adapted_unspliced"):
         lm, _, saes = adapted(device, dtype, kind)
-        out[clean] = saebench.loss_recovered(lm, saes, blocks("padded").valid, clean)
-    x = splice.replaced(lm, text.model_inputs(blocks().valid[:4]), 1).float()
+        out[clean] = api.loss_recovered(lm, saes, blocks("padded").valid, clean)
+    x = api.replaced(lm, api.model_inputs(blocks().valid[:4]), 1).float()
     with torch.no_grad():
-        found = saes_of.reconstruct(splice.check_saes(lm, saes)[1], x)
-    return out | dict(explained=saebench.explained_variance(x, found))
+        found = api.reconstruct(api.check_saes(lm, saes)[1], x)
+    return out | dict(explained=api.explained_variance(x, found))
 
 
-@covers("states.harvest", "states.known_states", "loss.arithmetic", "loss.prepared",
-        "loss.attention", "loss.frozen_in_bf16", "loss.keep_memory",
-        each=[("llama",), ("gpt2",)])
+@covers(
+    "states.harvest",
+    "states.known_states",
+    "arithmetic.arithmetic",
+    "arithmetic.prepared",
+    "arithmetic.attention",
+    "arithmetic.frozen_in_bf16",
+    "arithmetic.hold_memory",
+    each=[("llama",), ("gpt2",)],
+)
 def cached_states(device, dtype, architecture):
     lm, _ = loaded(device, dtype, architecture)
     rows, out = blocks("padded").train, {}
-    means = lambda x: torch.stack([x.float().mean(0), x.float().abs().mean(0)])  # x is in bfloat16
-    out["one"] = means(states.harvest(lm, rows, 1))
+
+    def means(x):
+        return torch.stack([x.float().mean(0), x.float().abs().mean(0)])  # x is in bfloat16
+
+    out["one"] = means(api.harvest(lm, rows, 1))
     for again in (False, True):  # once to fill the cache, once to read it
-        out[f"each {again}"] = [means(x) for x in states.harvest(lm, rows, [0, 2], cached=True)]
-    lora.add_lora(lm, {1: sae()}, rank=2)
+        out[f"each {again}"] = [means(x) for x in api.harvest(lm, rows, [0, 2], cached=True)]
+    api.add_lora(lm, {1: sae()}, rank=2)
     numbers(lm)
-    known = states.known_states(lm, rows, 1, loss.arithmetic(device))
+    known = api.known_states(lm, rows, 1, api.arithmetic(device))
     return out | dict(known=known)
 
 
 # Training.
 
-def trained(device, dtype, rows="plain", recipe="fast", layers=(1,), kind="topk",
-            architecture="llama", adapter={}, **options) -> dict:
-    "An adapter trained from scratch: its weights and losses."
-    lm, _ = loaded(device, dtype, architecture)
-    saes = {i: sae(kind, i) for i in layers}
-    lora.add_lora(lm, saes, rank=2, **adapter)
-    curve = train.fit_lora(lm, saes, blocks(rows).train, recipe=recipe, **RUN | options)
+
+TRAINED = dict(recipe="fast", layers=(1,), kind="topk", architecture="llama", adapter={})
+
+
+def trained(device, dtype, rows="plain", **given) -> dict:
+    "An adapter trained from scratch: weights and losses. What is not in `TRAINED` is an option."
+    how = SimpleNamespace(**TRAINED | {n: v for n, v in given.items() if n in TRAINED})
+    options = {name: value for name, value in given.items() if name not in TRAINED}
+    lm, _ = loaded(device, dtype, how.architecture)
+    saes = {i: sae(how.kind, i) for i in how.layers}
+    api.add_lora(lm, saes, rank=2, **how.adapter)
+    curve = api.fit_lora(lm, saes, blocks(rows).train, recipe=how.recipe, **RUN | options)
     return dict(parameters=parameters(lm), losses=losses_of(curve))
 
 
-@covers("train.distill", "train.distill_each", "train.distill_published", "loss.kl_loss",
-        "lm.head", each=KINDS)
+@covers(
+    "objective.distill",
+    "objective.distill_each",
+    "objective.distill_published",
+    "objective.published_each",
+    "objective.Objective",
+    "loss.kl_loss",
+    "loss.kl_rows",
+    "lm.head",
+    each=KINDS,
+)
 def objectives(device, dtype, kind):
     lm, _, _ = adapted(device, dtype, kind)
-    W, batch, out = models_of.head(lm), text.model_inputs(blocks("padded").train[:4]), {}
-    for name, objective in (("ours", train.distill), ("published", train.distill_published)):
-        found = objective(lm, {1: sae(kind)}, W, batch)
+    W, out = api.head(lm), {}
+    batch = api.model_inputs(blocks("padded").train[:4])
+    for name in ("ours", "published"):
+        if name == "ours":
+            found = api.distill(lm, {1: sae(kind)}, W, batch)
+        else:
+            objective = api.Objective(W, keep="none")
+            (found,) = api.published_each(lm, {None: {1: sae(kind)}}, objective, batch)
         found.backward()
-        out[name] = found, [p.grad for p in lora.lora_parameters(lm).values()]
+        out[name] = found, [p.grad for p in api.lora_parameters(lm).values()]
         lm.zero_grad()
-    return out
+    logits = torch.randn(2, 3, 97, generator=torch.Generator().manual_seed(0)).to(device)
+    return out | dict(rows=api.kl_rows(logits[0], logits[1], 1.0, 5.0))
 
 
-@covers("train.fit_lora", "train.distill_each", "loss.kl_loss", "loop.loop",
-        "loop.order", "loop.schedule", "loop.shared", "lora.add_lora", "lora.lora_parameters",
-        "loss.prepared", "loss.compiled",
-        each=[("topk", "llama"), ("topk", "gemma2"), ("topk", "gpt2"), ("jumprelu", "llama")])
+@covers(
+    "train.fit_lora",
+    "train.fit_kl",
+    "train.trainable_lora",
+    "loop.loop",
+    "loop.order",
+    "loop.schedule",
+    "processes.average",
+    "processes.own_rows",
+    "lora.add_lora",
+    "lora.lora_parameters",
+    "arithmetic.compiled",
+    each=[("topk", "llama"), ("topk", "gemma2"), ("topk", "gpt2"), ("jumprelu", "llama")],
+)
 def training(device, dtype, kind, architecture):
     return trained(device, dtype, kind=kind, architecture=architecture)
 
@@ -396,7 +540,7 @@ WAYS = {
 }
 
 
-@covers("train.fit_lora", "train.distill_published", each=[(w,) for w in WAYS])
+@covers("train.fit_lora", "objective.distill_published", each=[(w,) for w in WAYS])
 def ways_of_training(device, dtype, way):
     return trained(device, dtype, **WAYS[way])
 
@@ -404,14 +548,18 @@ def ways_of_training(device, dtype, way):
 @covers("train.fit_lora", "metrics.held_out_loss")
 def training_measured(device, dtype):
     lm, _ = loaded(device, dtype)
-    lora.add_lora(lm, {1: sae()}, rank=2)
-    measure = metrics.held_out_loss(lm, {1: sae()}, blocks().valid)
-    curve = train.fit_lora(lm, {1: sae()}, blocks().train, **RUN, measure=measure)
+    api.add_lora(lm, {1: sae()}, rank=2)
+    measure = api.held_out_loss(lm, {1: sae()}, blocks().valid)
+    curve = api.fit_lora(lm, {1: sae()}, blocks().train, **RUN, measure=measure)
     return [(row["loss"], row["ce"]) for row in curve]
 
 
-@covers("train.fit_lora", "loss.arithmetic", "loss.frozen_in_bf16", "loss.prepared",
-        "loss.attention")
+@covers(
+    "train.fit_lora",
+    "arithmetic.arithmetic",
+    "arithmetic.frozen_in_bf16",
+    "arithmetic.attention",
+)
 def mixed_precision(device, dtype):
     found = trained(device, dtype, precision="bf16")
     assert found["parameters"].isfinite().all()
@@ -423,9 +571,9 @@ def side_by_side(device, dtype, how):
     lm, _ = loaded(device, dtype)
     students = {f"s{i}": {1: sae(kind)} for i, kind in enumerate(("topk", "jumprelu"))}
     for name, own in students.items():
-        lora.add_lora(lm, own, rank=2, name=name)
+        api.add_lora(lm, own, rank=2, name=name)
     rows = blocks("padded").train[:4]  # twice
-    curves = train.fit_loras(lm, students, rows, **RUN, cached=how == "cached")
+    curves = api.fit_loras(lm, students, rows, **RUN, cached=how == "cached")
     return dict(parameters=parameters(lm), losses={n: losses_of(c) for n, c in curves.items()})
 
 
@@ -443,20 +591,29 @@ def check_resumed(whole: Tensor, again: Tensor):
 
 def stopped_at(step: int):
     "A callback that stops a run as a kill would, after its state was saved."
+
     def callback(row):
         if row["step"] == step:
             raise Stopped
+
     return callback
 
 
-@covers("loop.save", "loop.restore", "loop.kept_run", "loop.Progress", "loop.loop",
-        "train.fit_lora",
-        each=[("fast",), ("published",)])
+@covers(
+    "checkpoint.Checkpoint",
+    "loop.Descent",
+    "loop.Watch",
+    "checkpoint.kept_run",
+    "checkpoint.Progress",
+    "loop.loop",
+    "train.fit_lora",
+    each=[("fast",), ("published",)],
+)
 def stopped_and_resumed(device, dtype, recipe):
     ends, file = [], fresh() / "state.safetensors"
     for stops in (None, 2, None):  # unbroken; stopped; resumed
         lm, _ = loaded(device, dtype)
-        lora.add_lora(lm, {1: sae()}, rank=2, **train.ADAPTER[recipe])
+        api.add_lora(lm, {1: sae()}, rank=2, **api.RECIPES[recipe].adapter)
         options = RUN | dict(recipe=recipe, batch=1 if recipe == "published" else 2)
         options["checkpoint"] = file if ends else None
         if stops:
@@ -465,147 +622,221 @@ def stopped_and_resumed(device, dtype, recipe):
             torch.manual_seed(99)  # what happened since is no matter
             torch.rand(5, device=device)
         try:
-            curve = train.fit_lora(lm, {1: sae()}, blocks().train, **options)
+            curve = api.fit_lora(lm, {1: sae()}, blocks().train, **options)
         except Stopped:
             pass
         ends.append((parameters(lm), losses_of(curve)))
-    assert loop.kept_run(file)["recipe"] == recipe
+    assert api.kept_run(file)["recipe"] == recipe
     (unbroken, curve), _, (resumed, again) = ends
     check_resumed(unbroken, resumed)
     check_resumed(torch.tensor(curve, device=device), torch.tensor(again, device=device))
     return dict(fast=unbroken) if recipe == "fast" else {}  # dropout draws from the device
 
 
-@covers("train.finetune_sae", "train.fit_both", "train.fit_linear", "train.LinearAdapter",
-        each=KINDS)
+@covers(
+    "variants.finetune_sae",
+    "variants.fit_both",
+    "variants.fit_linear",
+    "variants.LinearAdapter",
+    "variants.set_trainable",
+    each=KINDS,
+)
 def saes_trained(device, dtype, kind):
     rows, out = blocks("padded").train, {}
     lm, _ = loaded(device, dtype)
     saes = {1: sae(kind)}
-    out["finetuned"] = losses_of(train.finetune_sae(lm, saes, rows, **RUN)), saes[1].W_dec
+    out["finetuned"] = losses_of(api.finetune_sae(lm, saes, rows, **RUN)), saes[1].W_dec
     saes = {1: sae(kind)}
-    curve = train.finetune_sae(lm, saes, rows, parameters=["b_dec"], **RUN)
+    curve = api.finetune_sae(lm, saes, rows, parameters=["b_dec"], **RUN)
     out["part"] = losses_of(curve), saes[1].b_dec
-    linear, curve = train.fit_linear(lm, {1: sae(kind)}, rows, rank=3, **RUN)
-    out["linear"] = losses_of(curve), linear[1].B, metrics.fidelity(lm, linear, blocks().valid)
-    lora.add_lora(lm, {1: sae(kind)}, rank=2)
+    linear, curve = api.fit_linear(lm, {1: sae(kind)}, rows, rank=3, **RUN)
+    out["linear"] = losses_of(curve), linear[1].B, api.fidelity(lm, linear, blocks().valid)
+    api.add_lora(lm, {1: sae(kind)}, rank=2)
     saes = {1: sae(kind)}
-    curve = train.fit_both(lm, saes, rows, **RUN)
+    curve = api.fit_both(lm, saes, rows, **RUN)
     out["both"] = losses_of(curve), saes[1].W_dec, parameters(lm)
     return out
 
 
-@covers("train.untrained_sae", "train.fit_e2e", "train.new_sae", "train.unscaled")
+@covers("train_sae.untrained_sae", "train_sae.fit_e2e", "train_sae.new_sae", "train_sae.unscaled")
 def saes_end_to_end(device, dtype):
     lm, _ = loaded(device, dtype)
-    new = train.untrained_sae(lm, 1, blocks().train, 64, 8)
-    trained, curve = train.fit_e2e(lm, 1, blocks().train, width=64, k=8, **RUN)
-    return dict(new=new.W_enc, trained=trained.W_dec, losses=losses_of(curve),
-                sparsity=metrics.sparsity(lm, trained, 1, blocks().valid))
+    new = api.untrained_sae(lm, 1, blocks().train, 64, 8)
+    trained, curve = api.fit_e2e(lm, 1, blocks().train, width=64, k=8, **RUN)
+    return dict(
+        new=new.W_enc,
+        trained=trained.W_dec,
+        losses=losses_of(curve),
+        sparsity=api.sparsity(lm, trained, 1, blocks().valid),
+    )
 
 
-@covers("train.fit_sae", "train.new_sae", "train.unscaled", "states.harvest", "loop.loop")
+@covers(
+    "train_sae.fit_sae",
+    "train_sae.SAEOptions",
+    "train_sae.new_sae",
+    "train_sae.unscaled",
+    "states.harvest",
+    "loop.loop",
+)
 def saes_for_hidden_states(device, dtype):
     lm, _ = loaded(device, dtype)
-    x, file = states.harvest(lm, blocks().train, 1), fresh() / "state.safetensors"
+    x, file = api.harvest(lm, blocks().train, 1), fresh() / "state.safetensors"
     options = dict(tokens=1280, width=64, k=8, batch=128, dead_after=300, points=5)
     with chosen(device, dtype):  # nothing here says where to train
-        whole, curve = train.fit_sae(x, **options)
+        whole, curve = api.fit_sae(x, **options)
         try:
-            train.fit_sae(x, **options, checkpoint=file, callback=stopped_at(4))
+            api.fit_sae(x, **options, checkpoint=file, callback=stopped_at(4))
         except Stopped:
             pass
-        again, _ = train.fit_sae(x, **options, checkpoint=file)
+        again, _ = api.fit_sae(x, **options, checkpoint=file)
     check_resumed(whole.W_dec, again.W_dec)
-    return dict(W_dec=whole.W_dec, losses=losses_of(curve),
-                sparsity=metrics.sparsity(lm, whole, 1, blocks().valid))
+    return dict(
+        W_dec=whole.W_dec,
+        losses=losses_of(curve),
+        sparsity=api.sparsity(lm, whole, 1, blocks().valid),
+    )
 
 
 # Steering, latents and the measures of SAEBench.
 
-SETS = {"positive": [" ".join(WORDS[i:i + 5 + i]) for i in range(4)],
-        "other": [" ".join(WORDS[20 + i:27 + 2 * i]) for i in range(3)],
-        "more": [" ".join(WORDS[40 + i:46 + 3 * i]) for i in range(3)]}
+SETS = {
+    "positive": [" ".join(WORDS[i : i + 5 + i]) for i in range(4)],
+    "other": [" ".join(WORDS[20 + i : 27 + 2 * i]) for i in range(3)],
+    "more": [" ".join(WORDS[40 + i : 46 + 3 * i]) for i in range(3)],
+}
 
 
 def loudest(device, dtype) -> int:
     "A latent that fires."
     lm, _ = loaded(device, dtype)
-    f = steering.firing(lm, sae(), 1, blocks().valid, list(range(64)))
+    f = api.firing(lm, sae(), 1, blocks().valid, list(range(64)))
     return int((f > 0).float().mean((0, 1)).argmax())
 
 
-@covers("steering.steer", "steering.Steered", "steering.steering_effect", "steering.tune_alpha",
-        "steering.steering_changes", "steering.scaled_change", "steering.mean_interval",
-        "steering.log_likelihoods", "steering.text_rows", each=KINDS)
+@covers(
+    "steering.steer",
+    "steering.Steered",
+    "steering.steering_effect",
+    "steering.tune_alpha",
+    "steering.steering_changes",
+    "steering.scaled_change",
+    "steering.mean_interval",
+    "steering.log_likelihoods",
+    "text.text_rows",
+    each=KINDS,
+)
 def steered(device, dtype, kind):
     lm, tok, saes = adapted(device, dtype, kind)
-    rows = steering.text_rows(SETS["positive"], tok)
-    with steering.steer(lm, sae(kind), 1, 5, 0.7):
-        inside = steering.log_likelihoods(lm, rows)
-    tuned = steering.tune_alpha(lm, tok, sae(kind), 1, 5, SETS, alphas=(0.1, 1.0))
-    effect = steering.steering_effect(lm, tok, sae(kind), 1, 5, SETS, 0.5)
-    means = {k: {s: {m: v["mean"] for m, v in by.items()} | dict(scale=100.0)  # that of the means
-                 for s, by in sides.items()} for k, sides in effect.items()}
+    rows = api.text_rows(SETS["positive"], tok)
+    with api.steer(lm, sae(kind), 1, 5, 0.7):
+        inside = api.log_likelihoods(lm, rows)
+    tuned = api.tune_alpha(lm, tok, sae(kind), 1, 5, SETS, alphas=(0.1, 1.0))
+    effect = api.steering_effect(lm, tok, sae(kind), 1, 5, SETS, 0.5)
+    means = {}
+    for kind_of_score, sides in effect.items():
+        means[kind_of_score] = {}
+        for side, by in sides.items():
+            own = {model: v["mean"] for model, v in by.items()}
+            means[kind_of_score][side] = own | dict(scale=100.0)  # that of the means
     return dict(inside=inside, tuned=tuned, effect=means)
 
 
-@covers("steering.firing", "steering.latents_at", "steering.positives", "steering.passages",
-        each=KINDS)
+@covers(
+    "latents.firing",
+    "latents.latents_at",
+    "latents.positives",
+    "latents.passages",
+    "latents.passage_texts",
+    each=KINDS,
+)
 def firings(device, dtype, kind):
     lm, tok = loaded(device, dtype)
     rows, latent = blocks("padded").valid, loudest(device, dtype)
     with torch.no_grad():
-        at = steering.latents_at(lm, sae(kind), 1, rows)
-    return dict(at=at, firing=steering.firing(lm, sae(kind), 1, rows, [latent, 3]),
-                text=steering.positives(lm, tok, sae(kind), 1, latent, rows, n=3))
+        at = api.latents_at(lm, sae(kind), 1, rows)
+    return dict(
+        at=at,
+        firing=api.firing(lm, sae(kind), 1, rows, [latent, 3]),
+        text=api.positives(lm, tok, sae(kind), 1, latent, rows, n=3),
+    )
 
 
-@covers("latents.agreement", "latents.latent_cards", "latents.promotes", "latents.some_latents",
-        "latents.cards_page", each=KINDS)
-def cards(device, dtype, kind):
+@covers(
+    "agreement.agreement",
+    "cards.latent_cards",
+    "cards.cards_page",
+    "latents.latents_in_model",
+    "latents.promotes",
+    "latents.some_latents",
+    each=KINDS,
+)
+def cards_of_latents(device, dtype, kind):
     lm, tok, _ = adapted(device, dtype, kind)
     rows, out = blocks("padded").valid, {}
-    chosen = latents.some_latents(lm, sae(kind), 1, rows, 3, low=0.02, high=0.9)
+    chosen = api.some_latents(lm, sae(kind), 1, rows, 3, low=0.02, high=0.9)
     two = {1: sae(kind), 2: sae(kind, 2)}
-    out["agreement"] = latents.agreement(lm, two, rows, top=3)
-    out["promotes"] = latents.promotes(lm, tok, sae(kind), chosen)
-    made = latents.latent_cards(lm, tok, {2: sae(kind, 2)}, 2, chosen, rows)
-    assert "latent-cards" in latents.cards_page(made)
+    out["agreement"] = api.agreement(lm, two, rows, top=3)
+    out["promotes"] = api.promotes(lm, tok, sae(kind), chosen)
+    made = api.latent_cards(lm, tok, {2: sae(kind, 2)}, {2: chosen}, rows)
+    assert "latent-cards" in api.cards_page(made)
     shown = [(c["rate"], c["top_overlap"], c["promotes"]) for c in made]
     return out | dict(chosen=chosen, cards=shown)
 
 
-@covers("saebench.pooled", "saebench.probe", "saebench.tpp", "saebench.scr", "saebench.decoder",
-        "saebench.top_latents", each=KINDS, needs=("sklearn",))
+@covers(
+    "probing.pooled",
+    "probing.probe",
+    "probing.split_by_class",
+    "probing.balanced",
+    "probing.fitted_probe",
+    "probing.top_latents",
+    "removal.Points",
+    "removal.tpp",
+    "removal.scr",
+    "latents.decoder",
+    each=KINDS,
+    needs=("sklearn",),
+)
 def probes(device, dtype, kind):
     lm, tok = loaded(device, dtype)
     own = sae(kind)
-    draw = random.Random(1)
-    y = [letter for letter in "abcd" for _ in range(12)]
-    texts = [" ".join(draw.choices([w for w in WORDS if w[0] == c], k=6)) for c in y]
-    X, F = saebench.pooled(lm, tok, own, 1, texts)
-    D = saebench.decoder(own)  # which is on the device by now
+    texts, y = letter_texts()
+    X, F = api.pooled(lm, tok, own, 1, texts)
+    D = api.decoder(own)  # which is on the device by now
     one = torch.tensor([c in "ab" for c in y])
     other = torch.arange(len(y)) % 2 == 0
-    top = saebench.top_latents(F, one, 3)
-    return dict(X=X, F=F, D=D, top=top, probe=saebench.probe(F, y, (2, None)),
-                tpp=saebench.tpp(X, F, D, y, n=3), scr=saebench.scr(X, F, D, one, other, n=3))
+    top = api.top_latents(F, one, 3)
+    return dict(
+        X=X,
+        F=F,
+        D=D,
+        top=top,
+        probe=api.probe(F, y, (2, None)),
+        tpp=api.tpp(X, F, D, y, n=3),
+        scr=api.scr(X, F, D, one, other, n=3),
+    )
 
 
-@covers("saebench.absorption", "saebench.absorbed", "saebench.letter_words",
-        each=KINDS, needs=("sklearn",))
+@covers(
+    "absorption.absorption",
+    "absorption.absorbed",
+    "absorption.letter_words",
+    "absorption.main_latents",
+    each=KINDS,
+    needs=("sklearn",),
+)
 def absorptions(device, dtype, kind):
     lm, tok = loaded(device, dtype)
-    found = saebench.absorption(lm, tok, sae(kind), 1, letters="abcdef", n=11)
+    found = api.absorption(lm, tok, sae(kind), 1, letters="abcdef", n=11)
     assert dtype != torch.float32 or found["letters"], "no letter was found: nothing was tried"
     # Fractions depend on scikit-learn's fit, which stops at 1e-4; which latents it needs does not.
     main = {c: (r["main"], r["words"]) for c, r in found["letters"].items()}
-    own = splice.check_saes(lm, {1: sae(kind)})[1]
+    own = api.check_saes(lm, {1: sae(kind)})[1]
     with torch.no_grad():
-        h, f, _ = steering.latents_at(lm, own, 1, blocks().valid[:2])
+        h, f, _ = api.latents_at(lm, own, 1, blocks().valid[:2])
         x, f = h[:, 3:].flatten(0, 1).float(), f[:, 3:].flatten(0, 1).float()
-        here = saebench.absorbed(x, f, saebench.decoder(own), own.W_dec[0], [0, 1])
+        here = api.absorbed(x, f, api.decoder(own), own.W_dec[0], [0, 1])
     return dict(main=main, here=here)
 
 
@@ -624,32 +855,42 @@ def benchmark_data() -> Path:
     return room("data")
 
 
-@covers("tasks.benchmark", "tasks.benchmark_all", "tasks.local_tasks", "tasks.as_model",
-        "tasks.models", "tasks.recovered", "tasks.Family", each=KINDS,
-        needs=("lm_eval", "datasets"))
+@covers(
+    "tasks.benchmark",
+    "tasks.benchmark_all",
+    "tasks.recovered",
+    "benchmark_files.local_tasks",
+    "benchmark_files.Family",
+    "models.as_model",
+    "models.models_of",
+    each=KINDS,
+    needs=("lm_eval", "datasets"),
+)
 def benchmarks(device, dtype, kind):
     lm, tok, saes = adapted(device, dtype, kind)
     options = dict(data=benchmark_data(), batch_size=4)
-    one = tasks.benchmark(lm, tok, "blimp_wh_island", {1: sae(kind)}, **options)
-    four = tasks.benchmark_all(lm, tok, "blimp_wh_island", saes, **options)
-    shared = tasks.recovered(four, "blimp_wh_island")["lost"]
+    one = api.benchmark(lm, tok, "blimp_wh_island", {1: sae(kind)}, **options)
+    four = api.benchmark_all(lm, tok, "blimp_wh_island", saes, **options)
+    shared = api.recovered(four, "blimp_wh_island")["lost"]
     return dict(one=one, four=four, lost=shared)
 
 
 # Commands and experiments: here the package chooses the device.
 
+
 @contextmanager
 def chosen(device, dtype):
     "Inside, the package takes `device` and `dtype` where a user names none; a list of the models."
-    given, load = [], models_of.load_lm
+    given, load = [], api.load_lm
 
     def load_lm(model="smollm2-135m", dtype=dtype, **options):
         lm, tok = load(model, dtype, **options)
         given.append(lm)
         return lm, tok
+
     with ExitStack() as stack:
         for name, stand_in in (("default_device", lambda: str(device)), ("load_lm", load_lm)):
-            for module in PACKAGE:
+            for module in PACKAGE.values():
                 if hasattr(module, name):
                     stack.enter_context(patch.object(module, name, stand_in))
         yield given
@@ -661,9 +902,22 @@ def on(lms: list, device) -> bool:
     return bool(lms) and all(p.device.type == kind for lm in lms for p in lm.parameters())
 
 
-CLOCK = {"train_seconds", "tokens_per_second", "first_step_seconds", "step_seconds",
-         "evaluate_seconds", "evaluate_seconds_per_token", "peak_memory_bytes", "memory_bytes",
-         "device_memory_bytes", "warnings", "versions", "device", "source", "dtype"}
+CLOCK = {
+    "train_seconds",
+    "tokens_per_second",
+    "first_step_seconds",
+    "step_seconds",
+    "evaluate_seconds",
+    "evaluate_seconds_per_token",
+    "peak_memory_bytes",
+    "memory_bytes",
+    "device_memory_bytes",
+    "warnings",
+    "versions",
+    "device",
+    "source",
+    "dtype",
+}
 
 
 def lasting(report):
@@ -680,7 +934,7 @@ def command(device, dtype, *arguments) -> dict:
     said, argv = StringIO(), ["sae-lora", *map(str, arguments), "--json"]
     with chosen(device, dtype) as lms, patch.object(sys, "argv", argv), redirect_stdout(said):
         try:
-            cli.main()
+            api.main()
         except SystemExit as stop:
             assert not stop.code, f"exit code {stop.code}"
     assert on(lms, device), f"{arguments[0]} did not put its model on {device}"
@@ -690,26 +944,76 @@ def command(device, dtype, *arguments) -> dict:
 def run_options(*saes) -> list:
     "Arguments of `adapt` and `check` for a small run."
     specs = [x for s in saes for x in ("--sae", s)]
-    return [*specs, "--model", model_folder(), "--text", text_file(), "--length", 16, "--rank", 2,
-            "--tokens", 160, "--valid-tokens", 256]
+    return [
+        *specs,
+        "--model",
+        model_folder(),
+        "--text",
+        text_file(),
+        "--length",
+        16,
+        "--rank",
+        2,
+        "--tokens",
+        160,
+        "--valid-tokens",
+        256,
+    ]
 
 
-COMMANDS = ("adapt.run_adapt", "adapt.ready", "adapt.short_check", "adapt.report",
-            "adapt.held_out", "cli.parse_saes", "cli.parse_layers", "cli.parse_batch", "cli.main",
-            "check.preflight", "check.base_loss", "check.beginning_losses", "check.beginnings",
-            "check.tried", "check.timed_steps", "check.step_rows", "check.expected", "check.fuses",
-            "check.warnings_of", "check.peak_memory", "check.memory_of", "check.promised_l0")
+COMMANDS = (
+    "adapt.run_adapt",
+    "adapt.ready",
+    "adapt.short_check",
+    "report.report",
+    "report.held_out",
+    "report.check_length",
+    "report.longest_row",
+    "report.run_folder",
+    "options.parse_saes",
+    "options.parse_layers",
+    "options.parse_batch",
+    "cli.main",
+    "check.preflight",
+    "check.base_loss",
+    "check.beginning_losses",
+    "check.beginnings",
+    "check.tried",
+    "check.timed_steps",
+    "check.step_rows",
+    "check.expected",
+    "train.fuses",
+    "check.warnings_of",
+    "devices.peak_memory",
+    "devices.memory_of",
+    "devices.checked_device",
+    "devices.free_memory",
+    "devices.room_for",
+    "devices.weight_bytes",
+    "check.promised_l0",
+)
 SPECS = {"one": [("topk", 1)], "two": [("topk", 1), ("jumprelu", 2)]}
 
 
-@covers(*COMMANDS, "cli.adapt", "cli.evaluate", "lora.attach_adapter", "files.free_folder",
-        "adapt.write_report", "check.lines", "check.duration", each=[(s,) for s in SPECS])
+@covers(
+    *COMMANDS,
+    "cli.adapt",
+    "cli.evaluate",
+    "adapters.attach_adapter",
+    "files.free_folder",
+    "report.write_report",
+    "report.measure_again",
+    "check.summary",
+    "check.duration",
+    each=[(s,) for s in SPECS],
+)
 def adapt_and_evaluate(device, dtype, specs):
     folder = fresh()
     options = run_options(*(sae_folder(*s) for s in SPECS[specs]))
     made = command(device, dtype, "adapt", "--out", folder / "run", *options)
-    measured = command(device, dtype, "evaluate", folder / "run", "--text", text_file(),
-                       "--valid-tokens", 256)
+    measured = command(
+        device, dtype, "evaluate", folder / "run", "--text", text_file(), "--valid-tokens", 256
+    )
     return dict(made=made, measured=measured)
 
 
@@ -720,7 +1024,7 @@ def adapt_as_published(device, dtype):
     return dict(base=made["ce"]["base"], spliced=made["ce"]["spliced"])  # dropout is the device's
 
 
-@covers("cli.check", "check.preflight", "lora.no_share")
+@covers("cli.check", "adapt.long_check", "check.preflight", "model_card.no_share")
 def checked(device, dtype):
     return command(device, dtype, "check", *run_options(sae_folder()))
 
@@ -731,42 +1035,76 @@ def a_check_leaves_no_trace(device, dtype):
     there = torch if device == "cpu" else torch.get_device_module(device)
     torch.manual_seed(5)
     before = torch.get_rng_state(), there.get_rng_state()
-    found = check.preflight(lm, tok, {1: sae()}, blocks().valid, dict(rank=2, lora_dropout=0.1))
+    found = api.preflight(lm, tok, {1: sae()}, blocks().valid, dict(rank=2, lora_dropout=0.1))
     for state, was in zip((torch.get_rng_state(), there.get_rng_state()), before):
         assert torch.equal(state, was), "random numbers after a check are others than without"
-    assert not lora.lora_parameters(lm)
+    assert not api.lora_parameters(lm)
     return lasting(found)
 
 
-@covers("cli.train_sae", "adapt.run_train_sae", "adapt.measure_sae", "adapt.sae_card")
+@covers("cli.train_sae", "sae_run.run_train_sae", "sae_run.measure_sae", "sae_run.sae_card")
 def train_sae(device, dtype):
-    return command(device, dtype, "train-sae", "--out", fresh() / "sae", "--model", model_folder(),
-                   "--text", text_file(), "--layer", 1, "--width", 64, "--k", 8, "--tokens", 1024,
-                   "--batch", 128, "--text-tokens", 2048, "--valid-tokens", 768)
+    return command(
+        device,
+        dtype,
+        "train-sae",
+        "--out",
+        fresh() / "sae",
+        "--model",
+        model_folder(),
+        "--text",
+        text_file(),
+        "--layer",
+        1,
+        "--width",
+        64,
+        "--k",
+        8,
+        "--tokens",
+        1024,
+        "--batch",
+        128,
+        "--text-tokens",
+        2048,
+        "--valid-tokens",
+        768,
+    )
 
 
 @contextmanager
 def small_demo():
     "The model, the SAE and the text of `demo` are others inside: the command has no options."
+
     def data_path(*parts):
         return sae_folder(layer=14)
-    with patch.object(pretrained, "embedded", lambda name: model_folder(layers=16)), \
-            patch.object(saes_of, "data_path", data_path), \
-            patch.object(text, "corpus", lambda source: documents(900)):
+
+    with (
+        patch.object(PACKAGE["pretrained"], "embedded", lambda name: model_folder(layers=16)),
+        patch.object(PACKAGE["sae"], "data_path", data_path),
+        patch.object(PACKAGE["text"], "corpus", lambda source: documents(900)),
+    ):
         yield
 
 
-@covers("cli.demo", "terminal.passage", "terminal.show", "adapt.sentence", "adapt.stretches",
-        "lora.won_back", *COMMANDS[:5])
+@covers(
+    "cli.demo",
+    "terminal.shaded",
+    "terminal.show",
+    "report.sentence",
+    "report.stretches",
+    "model_card.won_back",
+    *COMMANDS[:5],
+)
 def demo(device, dtype):
     with small_demo():
         report = command(device, dtype, "demo", "--out", fresh() / "run", "--tokens", 1024)
     from rich.console import Console
+
     said = StringIO()
-    terminal.show(report, Console(file=said))
+    api.show(report, Console(file=said))
     lm, tok, saes = adapted(device, dtype)
-    for found in adapt.stretches(lm, saes, blocks().valid, width=5):
-        terminal.passage(tok, Console(file=said), **found)
+    for found in api.stretches(lm, saes, blocks().valid, width=5):
+        api.shaded(tok, Console(file=said), **found)
     assert "closed" in said.getvalue() and "spliced → adapted" in said.getvalue()
     return report
 
@@ -774,50 +1112,131 @@ def demo(device, dtype):
 WORLD = dict(length=16, text_tokens=24 * 16, valid_tokens=256)
 
 
-@covers("experiments.world", "experiments.gather", "experiments.trained_sae",
-        "experiments.saes_at", "experiments.adapted", "experiments.adapted_rows",
-        "experiments.cacheable", "results.provenance", "results.Results")
+@covers(
+    "experiments.world",
+    "experiments.gather",
+    "experiments.trained_sae",
+    "experiments.saes_at",
+    "experiments.with_adapters",
+    "experiments.adapted_rows",
+    "experiments.cacheable",
+    "results.provenance",
+    "results.Results",
+)
 def experiment(device, dtype):
     spec = dict(layer=1, width=64, k=8, tokens=2048)
     world = dict(model=str(model_folder()), text=str(text_file()), **WORLD)
-    runs = [world | dict(rank=r, layers="after", tokens=128, recipe="fast", seed=0, sae=spec)
-            for r in (1, 2)]
+    runs = [
+        world | dict(rank=r, layers="after", tokens=128, recipe="fast", seed=0, sae=spec)
+        for r in (1, 2)
+    ]
     with chosen(device, dtype) as lms, patch.dict(os.environ, SAE_LORA_RESULTS=str(fresh())):
-        experiments.world.cache_clear()
-        experiments.gather(runs)
-        rows = list(experiments.adapted_rows(runs)) + list(experiments.adapted_rows(runs[:1]))
-        recalled = list(experiments.adapted_rows(runs[:1]))
-        experiments.world.cache_clear()
-    assert on(lms, device) and results.provenance()["device"]
+        api.world.cache_clear()
+        api.gather(runs)
+        rows = list(api.adapted_rows(runs)) + list(api.adapted_rows(runs[:1]))
+        recalled = list(api.adapted_rows(runs[:1]))
+        api.world.cache_clear()
+    assert on(lms, device) and api.provenance()["device"]
     for row in rows + recalled:
         row.pop("train_seconds")
     assert compared(recalled[0]["ce"], rows[-1]["ce"])[0] < 1e-6
     return rows
 
 
+def small_run(**own) -> dict:
+    "The parameters of a row on a tiny model."
+    world = dict(model=str(model_folder()), text=str(text_file()), **WORLD)
+    run = dict(sae=dict(layer=1, width=64, k=8, tokens=2048), rank=2, tokens=128, seed=0)
+    return world | run | own
+
+
+@contextmanager
+def small_rows(device, dtype):
+    "Inside, worlds are on the device, rows go to a folder of their own, and no world is kept."
+    with chosen(device, dtype) as lms, patch.dict(os.environ, SAE_LORA_RESULTS=str(fresh())):
+        api.world.cache_clear()
+        yield lms
+        api.world.cache_clear()
+
+
+@covers(
+    "ways.way_rows",
+    "ways.by_way",
+    "ways.layers_of_way",
+    "ways.ground",
+    "ways.Ground",
+    "ways.losses_of",
+    "ways.which_fire",
+    "ways.jaccard",
+    each=[("LoRA near",), ("LoRA + SAE",), ("linear",), ("end-to-end",)],
+    needs=("sklearn",),
+)
+def way(device, dtype, name):
+    texts, y = letter_texts()
+    asked = small_run(way=name, near=1, keep_unspliced=0.0, data="sample", agreement_rows=4)
+    PACKAGE["ways"]._ground.cache_clear()
+    with (
+        small_rows(device, dtype) as lms,
+        patch.object(PACKAGE["ways"], "labelled", lambda *a: (texts, y)),
+    ):
+        (row,) = api.way_rows([asked | dict(probe_texts=12)])
+    PACKAGE["ways"]._ground.cache_clear()
+    assert on(lms, device)
+    row.pop("seconds")
+    return {k: row[k] for k in ("held", "news", "spliced", "jaccard")}
+
+
+@covers("recipe_study.changed", "recipe_study.variant_rows", "recipe_study.rate_rows")
+def variant(device, dtype):
+    changes = dict(lr=3e-4, times_b=8.0, layers=[2])
+    with small_rows(device, dtype) as lms:
+        rows = list(api.variant_rows([small_run(changes=changes)]))
+        rows += api.rate_rows([small_run(batch=2, lr=lr) for lr in (1e-3, 4e-3)])
+    assert on(lms, device)
+    for row in rows:
+        row.pop("seconds")
+        row.pop("tuning", None)  # shares, quotients of small differences
+    return rows
+
+
 # What a run of the entries needs, what is seen of it, and how numbers are compared.
+
 
 @contextmanager
 def conditions(mixed: bool = False):
     "Inside, the cache is empty, and `auto` means bfloat16 products if `mixed`, else float32's."
-    with patch.dict(os.environ, SAE_LORA_CACHE=str(fresh())), \
-            patch.object(loss, "bf16_pays", lambda device="cpu": mixed):
+    with (
+        patch.dict(os.environ, SAE_LORA_CACHE=str(fresh())),
+        patch.object(PACKAGE["arithmetic"], "bf16_pays", lambda device="cpu": mixed),
+    ):
         yield
+
+
+def _ours(f) -> bool:
+    return getattr(f, "__module__", "").startswith("sae_lora.")
+
+
+def _called(f) -> bool:
+    return isinstance(f, (FunctionType, type)) or hasattr(f, "__wrapped__")
 
 
 def public() -> dict[str, object]:
     "The functions and classes that the package offers, as `module.name`."
-    found = {f"{short}.{name}": getattr(module, name)
-             for short, module in zip(MODULES, PACKAGE) for name in module.__all__}
-    ours = lambda f: getattr(f, "__module__", "").startswith("sae_lora.")
-    kind = lambda f: isinstance(f, (FunctionType, type)) or hasattr(f, "__wrapped__")
-    return {name: f for name, f in found.items() if ours(f) and kind(f)}
+    found = {
+        f"{short}.{name}": getattr(module, name)
+        for short, module in PACKAGE.items()
+        for name in module.__all__
+    }
+    return {name: f for name, f in found.items() if _ours(f) and _called(f)}
 
 
 class Recorder:
     "A function that leaves its name when it is called."
+
     def __init__(self, function, name: str, seen: set):
-        self.function, self.name, self.seen = function, name, seen
+        self.function = function
+        self.name = name
+        self.seen = seen
 
     def __call__(self, *args, **kwargs):
         self.seen.add(self.name)
@@ -830,28 +1249,42 @@ class Recorder:
 @contextmanager
 def recorded(seen: set):
     "Inside, the names of the public functions that are called gather in `seen`."
-    wrapped = {id(f): Recorder(f, name, seen) for name, f in public().items()
-               if not isinstance(f, type)}
+    wrapped = {
+        id(f): Recorder(f, name, seen) for name, f in public().items() if not isinstance(f, type)
+    }
     with ExitStack() as stack:
-        for module in PACKAGE:
+        for module in PACKAGE.values():
             for name, value in list(vars(module).items()):
                 if id(value) in wrapped:
                     stack.enter_context(patch.object(module, name, wrapped[id(value)]))
         yield
 
 
-PRODUCTS = [(torch, "matmul"), (torch, "mm"), (torch, "addmm"), (torch, "bmm"), (torch, "baddbmm"),
-            (torch, "einsum"), (Tensor, "matmul"), (Tensor, "__matmul__"), (Tensor, "mm"),
-            (Tensor, "bmm"), (nn.functional, "linear"), (nn.functional, "embedding_bag")]
+PRODUCTS = [
+    (torch, "matmul"),
+    (torch, "mm"),
+    (torch, "addmm"),
+    (torch, "bmm"),
+    (torch, "baddbmm"),
+    (torch, "einsum"),
+    (Tensor, "matmul"),
+    (Tensor, "__matmul__"),
+    (Tensor, "mm"),
+    (Tensor, "bmm"),
+    (nn.functional, "linear"),
+    (nn.functional, "embedding_bag"),
+]
 
 
 def _watched(product: Callable, where: set):
     "A product of matrices that notes where it is called with two that are on the CPU."
+
     def watched(*args, **kwargs):
         operands = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()][:2]
         if all(a.is_cpu and a.dim() > 1 for a in operands):
             where.add(_caller())
         return product(*args, **kwargs)
+
     return watched
 
 
@@ -909,8 +1342,11 @@ def compared(here, there) -> tuple[float, str]:
 
 def not_finite(result) -> list[str]:
     "The paths of a result at which there is a number that is none."
-    return [path for path, x in flat(result).items()
-            if isinstance(x, Tensor) and not bool(x.isfinite().all())]
+    return [
+        path
+        for path, x in flat(result).items()
+        if isinstance(x, Tensor) and not bool(x.isfinite().all())
+    ]
 
 
 # Entries in which matrices are multiplied on the CPU, rightly.

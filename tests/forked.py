@@ -3,6 +3,7 @@ process of its own, with signals, limits and outputs of its own.
 
 It reads requests, one JSON object a line, and answers each with one: `start` and `wait`.
 """
+
 import atexit
 import faulthandler
 import importlib
@@ -15,9 +16,21 @@ import time
 import traceback
 from pathlib import Path
 
-LOADED = ("sae_lora.cli", "sae_lora.plots", "sae_lens", "peft", "yaml", "matplotlib.pyplot",
-          "transformers.models.llama.modeling_llama", "pyarrow.parquet", "nbformat", "pandas",
-          "sae_lens.saes.topk_sae", "sae_lens.saes.jumprelu_sae", "accelerate.utils")
+LOADED = (
+    "sae_lora.cli",
+    "sae_lora.plots",
+    "sae_lens",
+    "peft",
+    "yaml",
+    "matplotlib.pyplot",
+    "transformers.models.llama.modeling_llama",
+    "pyarrow.parquet",
+    "nbformat",
+    "pandas",
+    "sae_lens.saes.topk_sae",
+    "sae_lens.saes.jumprelu_sae",
+    "accelerate.utils",
+)
 MEMORY = 6 * 2**30  # bytes of its own that a command may have
 PROCESSOR = 20  # seconds of the processor that it may take
 
@@ -42,6 +55,7 @@ def code_of(stop: SystemExit) -> int:
 def called(arguments: list) -> int:
     "The exit code of the command with `arguments`; what is raised is printed, as Python does."
     from sae_lora import cli
+
     sys.argv = ["sae-lora", *arguments]
     try:
         cli.main()
@@ -57,6 +71,7 @@ def rows_read(path: str) -> int:
     "The exit code of a command that does nothing but read the rows of an experiment."
     from sae_lora.files import UsageError
     from sae_lora.results import Results
+
     try:
         Results(path).rows()
         return 0

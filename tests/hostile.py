@@ -5,6 +5,7 @@ many of each kind went wrong, each with the command line that does it again, and
 `python tests/hostile.py --again KIND WAY NUMBER` does one of its damages again, and with a command,
 an option and a value one of its options.
 """
+
 import argparse
 import hashlib
 import itertools
@@ -33,9 +34,11 @@ REFUSED = 2
 
 # A command, and what is left of it.
 
+
 @dataclass
 class Ran:
     "What a command left behind: exit code, outputs, seconds; what it changed, by path."
+
     arguments: list
     code: int
     out: str
@@ -65,14 +68,21 @@ class Ran:
 
 class Commands:
     "The process that forks for every command."
+
     def __init__(self, environment: dict, cwd: Path):
         import sae_lora
+
         package = str(Path(sae_lora.__file__).parent.parent)
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | environment | dict(PYTHONPATH=os.pathsep.join(paths))
-        self.process = subprocess.Popen([sys.executable, HERE / "forked.py"], text=True, cwd=cwd,
-                                        env=environment, stdin=subprocess.PIPE,
-                                        stdout=subprocess.PIPE)
+        self.process = subprocess.Popen(
+            [sys.executable, HERE / "forked.py"],
+            text=True,
+            cwd=cwd,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
         self.process.stdout.readline()
 
     def ask(self, **request) -> dict:
@@ -89,6 +99,7 @@ class Commands:
 @dataclass
 class Started:
     "A command that runs."
+
     commands: Commands
     process: int
     arguments: list
@@ -106,11 +117,19 @@ class Started:
         texts = [path.read_bytes().decode(errors="replace") for path in (out, err)]
         for path in (out, err):
             path.unlink()
-        return Ran(self.arguments, found["code"], *texts, found["cpu"], found["wall"],
-                   found["hung"], folder=self.folder)
+        return Ran(
+            self.arguments,
+            found["code"],
+            *texts,
+            found["cpu"],
+            found["wall"],
+            found["hung"],
+            folder=self.folder,
+        )
 
 
 # What is on disk.
+
 
 def seen(path: Path) -> str:
     "What a path holds, in short."
@@ -145,14 +164,37 @@ def changes(before: dict, after: dict) -> dict[str, str]:
 
 # The world.
 
-MODEL = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4,
-             num_key_value_heads=2, vocab_size=97, max_position_embeddings=512, bos_token_id=1,
-             eos_token_id=2, pad_token_id=0)
+MODEL = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=97,
+    max_position_embeddings=512,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 BUDGET = ("--length", 16, "--rank", 2, "--tokens", 160, "--valid-tokens", 256)
 LONGER = ("--length", 16, "--rank", 2, "--tokens", 3200, "--valid-tokens", 256)
 LONGER_SAE = ("--tokens", 131_072)
-SMALL_SAE = ("--layer", 1, "--width", 64, "--k", 8, "--tokens", 16_384, "--batch", 128,
-             "--text-tokens", 4096, "--valid-tokens", 768)
+SMALL_SAE = (
+    "--layer",
+    1,
+    "--width",
+    64,
+    "--k",
+    8,
+    "--tokens",
+    16_384,
+    "--batch",
+    128,
+    "--text-tokens",
+    4096,
+    "--valid-tokens",
+    768,
+)
 
 
 def write_model(folder: Path, seed: int = 0, **settings):
@@ -160,24 +202,33 @@ def write_model(folder: Path, seed: int = 0, **settings):
     import torch
     from device_entries import SPECIAL, SYLLABLES, tokenizer
     from transformers import AutoModelForCausalLM, LlamaConfig
+
     torch.manual_seed(seed)
     lm = AutoModelForCausalLM.from_config(LlamaConfig(**MODEL | settings))
     for p in lm.parameters():
         if p.dim() > 1:
             p.data.normal_(0, 0.3)
     letters = torch.randn(8, lm.config.hidden_size).repeat_interleave(len(SYLLABLES), 0)
-    lm.get_input_embeddings().weight.data[len(SPECIAL):] += letters
+    lm.get_input_embeddings().weight.data[len(SPECIAL) :] += letters
     lm.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
 
 
-HEADS = dict(attn_q=(32, 32), attn_k=(16, 32), attn_v=(16, 32), attn_output=(32, 32),
-             ffn_gate=(64, 32), ffn_up=(64, 32), ffn_down=(32, 64))
+HEADS = dict(
+    attn_q=(32, 32),
+    attn_k=(16, 32),
+    attn_v=(16, 32),
+    attn_output=(32, 32),
+    ffn_gate=(64, 32),
+    ffn_up=(64, 32),
+    ffn_down=(32, 64),
+)
 
 
 def gguf_tensors(tokens: int, blocks: int = 4):
     "Names and weights of a tiny Llama, as GGUF has them."
     import numpy as np
+
     draw = np.random.default_rng(0)
     of_blocks = {f"blk.{i}.{n}": shape for i in range(blocks) for n, shape in HEADS.items()}
     norms = ["output_norm", *(f"blk.{i}.{n}_norm" for i in range(blocks) for n in ("attn", "ffn"))]
@@ -192,13 +243,27 @@ def write_gguf(path: Path):
     "A tiny Llama of 259 tokens in one file."
     import gguf
     from transformers.convert_slow_tokenizer import bytes_to_unicode
+
     tokens = ["<|endoftext|>", *bytes_to_unicode().values(), "an", "el"]
     made = gguf.GGUFWriter(path, "llama")
-    numbers = dict(context_length=512, embedding_length=32, block_count=4, feed_forward_length=64,
-                   head_count=4, head_count_kv=2, layer_norm_rms_eps=1e-5, rope_dimension_count=8,
-                   vocab_size=len(tokens), tokenizer_model="gpt2", tokenizer_pre="default",
-                   token_list=tokens, token_merges=["a n", "e l"], bos_token_id=0, eos_token_id=0,
-                   token_types=[3] + [1] * (len(tokens) - 1))
+    numbers = dict(
+        context_length=512,
+        embedding_length=32,
+        block_count=4,
+        feed_forward_length=64,
+        head_count=4,
+        head_count_kv=2,
+        layer_norm_rms_eps=1e-5,
+        rope_dimension_count=8,
+        vocab_size=len(tokens),
+        tokenizer_model="gpt2",
+        tokenizer_pre="default",
+        token_list=tokens,
+        token_merges=["a n", "e l"],
+        bos_token_id=0,
+        eos_token_id=0,
+        token_types=[3] + [1] * (len(tokens) - 1),
+    )
     for name, value in numbers.items():
         getattr(made, f"add_{name}")(value)
     for name, value in gguf_tensors(len(tokens)):
@@ -211,11 +276,17 @@ def write_gguf(path: Path):
 def write_scope(folder: Path):
     "An SAE in the form of Gemma Scope that suits any hidden states of width 32."
     import numpy as np
+
     folder.mkdir(parents=True)
     q, _ = np.linalg.qr(np.random.default_rng(0).normal(size=(32, 32)))
     decoder = np.concatenate([q, -q])
-    arrays = dict(W_enc=decoder.T, W_dec=decoder, b_enc=np.zeros(64), b_dec=np.zeros(32),
-                  threshold=np.full(64, 0.5))
+    arrays = dict(
+        W_enc=decoder.T,
+        W_dec=decoder,
+        b_enc=np.zeros(64),
+        b_dec=np.zeros(32),
+        threshold=np.full(64, 0.5),
+    )
     np.savez(folder / "params.npz", **{n: a.astype(np.float32) for n, a in arrays.items()})
 
 
@@ -224,6 +295,7 @@ def write_texts(folder: Path):
     import pyarrow
     import pyarrow.parquet
     from device_entries import documents
+
     docs = documents(900)
     folder.mkdir()
     (folder / "text.txt").write_text("\n\n".join(docs))
@@ -241,9 +313,13 @@ NOTEBOOK = """# A tiny experiment
 def write_clone(folder: Path):
     "A clone with one experiment, which prints its parameters."
     import nbformat
+
     v4, notebooks = nbformat.v4, folder / "nbs" / "experiments"
-    cells = [v4.new_markdown_cell(NOTEBOOK), v4.new_code_cell("rank = 2\nranks = [1, 2]"),
-             v4.new_code_cell("print(rank, ranks)")]
+    cells = [
+        v4.new_markdown_cell(NOTEBOOK),
+        v4.new_code_cell("rank = 2\nranks = [1, 2]"),
+        v4.new_code_cell("print(rank, ranks)"),
+    ]
     cells[1].metadata["tags"] = ["parameters"]
     about = dict(kernelspec=dict(name="python3", display_name="python3", language="python"))
     (notebooks / "params" / "smoke").mkdir(parents=True)
@@ -253,7 +329,10 @@ def write_clone(folder: Path):
 
 class World:
     "A folder with everything that commands read, and a way to run them in it."
-    budget, longer, longer_sae = BUDGET, LONGER, LONGER_SAE
+
+    budget = BUDGET
+    longer = LONGER
+    longer_sae = LONGER_SAE
 
     def __init__(self, root: Path):
         self.root = root
@@ -261,11 +340,20 @@ class World:
         for name in ("home", "cache", "temporary", "said", "results"):
             (root / name).mkdir()
         self.environment = dict(
-            SAE_LORA_CACHE=str(root / "cache"), SAE_LORA_RESULTS=str(root / "results"),
-            HOME=str(root / "home"), HF_HOME=str(root / "home" / "hub"), HF_HUB_OFFLINE="1",
-            TMPDIR=str(root / "temporary"), PIP_NO_INDEX="1", PIP_FIND_LINKS="",
-            OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", PYTHONUTF8="1", COLUMNS="200",
-            MPLCONFIGDIR=str(root / "home" / "mpl"))
+            SAE_LORA_CACHE=str(root / "cache"),
+            SAE_LORA_RESULTS=str(root / "results"),
+            HOME=str(root / "home"),
+            HF_HOME=str(root / "home" / "hub"),
+            HF_HUB_OFFLINE="1",
+            TMPDIR=str(root / "temporary"),
+            PIP_NO_INDEX="1",
+            PIP_FIND_LINKS="",
+            OMP_NUM_THREADS="1",
+            TOKENIZERS_PARALLELISM="false",
+            PYTHONUTF8="1",
+            COLUMNS="200",
+            MPLCONFIGDIR=str(root / "home" / "mpl"),
+        )
         self.write()
         self.commands = Commands(self.environment, root)
         self.make()
@@ -282,8 +370,10 @@ class World:
         write_scope(self / "scope" / "layer_1")
         write_texts(self / "texts")
         write_clone(self / "clone")
-        rows = [dict(key=key, parameters=dict(rank=1), metrics=dict(ce=1.0), provenance={})
-                for key in ("a", "b")]
+        rows = [
+            dict(key=key, parameters=dict(rank=1), metrics=dict(ce=1.0), provenance={})
+            for key in ("a", "b")
+        ]
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         (self / "results" / "rows.jsonl").write_text(lines)
 
@@ -301,20 +391,40 @@ class World:
 
     def inputs(self, sae=None, model=None, text=None) -> list:
         "Model, SAE and text as options."
-        return ["--model", model or self / "model", "--sae", sae or self / "sae",
-                "--text", text or self / "texts" / "text.jsonl"]
+        return [
+            "--model",
+            model or self / "model",
+            "--sae",
+            sae or self / "sae",
+            "--text",
+            text or self / "texts" / "text.jsonl",
+        ]
 
     def train_sae(self, out, model=None, text=None) -> list:
         "The arguments of a small SAE's training."
-        return ["train-sae", "--out", out, "--model", model or self / "model",
-                "--text", text or self / "texts" / "text.jsonl", *SMALL_SAE]
+        return [
+            "train-sae",
+            "--out",
+            out,
+            "--model",
+            model or self / "model",
+            "--text",
+            text or self / "texts" / "text.jsonl",
+            *SMALL_SAE,
+        ]
 
     def start(self, *arguments, cwd=None, environment=None, limits=None) -> Started:
         "Start a command."
         arguments = [str(a) for a in arguments]
         cwd, said = cwd or self.root, self / "said" / str(next(self.cases))
-        answer = self.commands.ask(do="start", arguments=arguments, cwd=str(cwd), said=str(said),
-                                   env=environment or {}, limits=limits or {})
+        answer = self.commands.ask(
+            do="start",
+            arguments=arguments,
+            cwd=str(cwd),
+            said=str(said),
+            env=environment or {},
+            limits=limits or {},
+        )
         return Started(self.commands, answer["process"], arguments, said, cwd)
 
     def run(self, *arguments, **options) -> Ran:
@@ -331,12 +441,16 @@ class World:
             raise RuntimeError(f"{ran.line} ended with {ran.code}:\n{ran.err[-3000:]}")
         return ran
 
-    def stop(self, *arguments, number=signal.SIGKILL, delay: float = 0.0, late: bool = True,
-             **options) -> Ran:
+    def stop(
+        self, *arguments, number=signal.SIGKILL, delay: float = 0.0, late: bool = True, **options
+    ) -> Ran:
         "Start a command and stop it some time after it began, or if `late` wrote its state."
         out = Path(arguments[arguments.index("--out") + 1])
         started, until = self.start(*arguments, **options), time.monotonic() + PATIENCE
-        there = lambda: (out / "state.safetensors").exists() or (out / "report.json").exists()
+
+        def there() -> bool:
+            return (out / "state.safetensors").exists() or (out / "report.json").exists()
+
         while late and not there() and time.monotonic() < until:
             time.sleep(0.004)
         time.sleep(delay)
@@ -364,12 +478,15 @@ class World:
 
 # The judge.
 
-EXPECTED = re.compile(r"(model|text|beginning|gap|SAE at -?\d+|budget|warning) {2,}\S|training on|"
-                      r"[^|]{0,60}: +\d+%\|")  # lines of a check, and a progress bar's last form
+EXPECTED = re.compile(
+    r"(model|text|beginning|gap|SAE at -?\d+|budget|warning) {2,}\S|training on|"
+    r"[^|]{0,60}: +\d+%\|"
+)  # lines of a check, and a progress bar's last form
 
 
-def judged(ran: Ran, world: World, outs=(), refused: bool | None = None, words=(),
-           seconds: float = SECONDS) -> list[str]:
+def judged(
+    ran: Ran, world: World, outs=(), refused: bool | None = None, words=(), seconds: float = SECONDS
+) -> list[str]:
     """What is wrong with what a command did; nothing if all is right.
 
     `outs` are the places it may write to. `refused` is whether it has to be refused, or must not
@@ -406,8 +523,11 @@ def judged_lines(ran: Ran, words) -> list[str]:
 def judged_changes(ran: Ran, world: World, outs) -> list[str]:
     "What is wrong with what was changed on disk."
     free = [str(world / "cache"), *map(str, outs)]
-    inside = lambda path: any(path == f or path.startswith(f"{f}/") for f in free)
     wrong = []
+
+    def inside(path: str) -> bool:
+        return any(path == f or path.startswith(f"{f}/") for f in free)
+
     for path, how in ran.changed.items():
         if inside(path) and Path(path).name == ".lock":
             continue
@@ -419,21 +539,27 @@ def judged_changes(ran: Ran, world: World, outs) -> list[str]:
 
 # Runs that are killed.
 
+
 class Kill(NamedTuple):
     "A command, the signal that ends it, after how long, and whether once its state is there."
+
     command: str
     number: int
     delay: float
     late: bool
 
 
-WEIGHTS = {"adapt": "adapter/adapter_model.safetensors", "train-sae": "sae_weights.safetensors",
-           "demo": "adapter/adapter_model.safetensors"}
+WEIGHTS = {
+    "adapt": "adapter/adapter_model.safetensors",
+    "train-sae": "sae_weights.safetensors",
+    "demo": "adapter/adapter_model.safetensors",
+}
 GOES_ON = re.compile(r"sae-lora: stopped.*--resume")
 
 
 class Killed:
     "Commands that are stopped and go on, beside one of each kind that is not stopped."
+
     def __init__(self, world: World, cache: str | None = None):
         self.world, self.whole = world, {}
         self.demo = dict(environment=dict(SAE_LORA_CACHE=cache or ""), limits=dict(CPU=1800))
@@ -462,8 +588,9 @@ class Killed:
         "What is wrong with a run that is stopped and goes on; its first part."
         whole, out = self.unbroken(kill.command), self.world.case() / "out"
         arguments, options = self.arguments(kill.command, out), self.options(kill.command)
-        ran = self.world.stop(*arguments, number=kill.number, delay=kill.delay, late=kill.late,
-                              **options)
+        ran = self.world.stop(
+            *arguments, number=kill.number, delay=kill.delay, late=kill.late, **options
+        )
         over = (out / "report.json").exists()
         wrong = [] if over else judged_stop(ran, kill, (out / "state.safetensors").exists())
         if not over:
@@ -486,9 +613,10 @@ def judged_stop(ran: Ran, kill: Kill, state: bool) -> list[str]:
 
 def compared(out: Path, whole: Path, weights: str) -> list[str]:
     "What is wrong with the folder of a run that went on, beside that of one that was not stopped."
-    names = [{str(p.relative_to(d)) for p in d.rglob("*")} for d in (out, whole)]
-    wrong = [f"there is {n}" for n in sorted(names[0] - names[1])]
-    wrong += [f"there is no {n}" for n in sorted(names[1] - names[0])]
+    here = {str(p.relative_to(out)) for p in out.rglob("*")}
+    wanted = {str(p.relative_to(whole)) for p in whole.rglob("*")}
+    wrong = [f"there is {n}" for n in sorted(here - wanted)]
+    wrong += [f"there is no {n}" for n in sorted(wanted - here)]
     there = (out / weights).exists()
     if there and (out / weights).read_bytes() != (whole / weights).read_bytes():
         wrong.append(f"{weights} is another")
@@ -506,6 +634,7 @@ def told_of(ran: Ran, wrong: list[str]) -> str:
 
 # The longer campaign.
 
+
 def again(drawn) -> str:
     "The command line that does again what was drawn."
     return f"python tests/hostile.py --again {shlex.join(map(str, drawn))}"
@@ -516,10 +645,21 @@ def mutants_of(world: World, examples: int, seed: int, note):
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seeded
     from test_fuzz import DAMAGES, VALUES, tried
-    own = settings(max_examples=examples, deadline=None, database=None, phases=[Phase.generate],
-                   suppress_health_check=list(HealthCheck))
-    damages = lambda d: note(f"file: {d[0]}", *tried(world, *d), again(d))
-    values = lambda v: note(f"option: {v[0]} {v[1]}", *tried(world, *v), again(v))
+
+    own = settings(
+        max_examples=examples,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+
+    def damages(d):
+        note(f"file: {d[0]}", *tried(world, *d), again(d))
+
+    def values(v):
+        note(f"option: {v[0]} {v[1]}", *tried(world, *v), again(v))
+
     for draws, one in ((DAMAGES, damages), (VALUES, values)):
         seeded(seed)(own(given(draws)(one)))()
 
@@ -540,8 +680,11 @@ def kills_of(world: World, number: int, seed: int, note, cache: str):
 
 class Notes:
     "What was tried, and what went wrong, by kind."
+
     def __init__(self):
-        self.tried, self.wrong, self.began = Counter(), Counter(), time.time()
+        self.tried = Counter()
+        self.wrong = Counter()
+        self.began = time.time()
 
     def __call__(self, kind: str, wrong: list[str], ran: Ran, drawn: str):
         "Note one; print it where something is wrong."
@@ -552,10 +695,11 @@ class Notes:
 
     def table(self) -> str:
         "All kinds, with how many went wrong."
-        rows = [("kind", "tried", "wrong"), *((k, n, self.wrong[k]) for k, n in
-                                              sorted(self.tried.items())),
-                (f"all, in {time.time() - self.began:.0f} s", self.tried.total(),
-                 self.wrong.total())]
+        rows = [
+            ("kind", "tried", "wrong"),
+            *((k, n, self.wrong[k]) for k, n in sorted(self.tried.items())),
+            (f"all, in {time.time() - self.began:.0f} s", self.tried.total(), self.wrong.total()),
+        ]
         return "\n".join(f"{kind:40}{n:>8}{wrong:>8}" for kind, n, wrong in rows)
 
 
@@ -573,6 +717,7 @@ def campaign(world: World, mutants: int, seeds: int, kills: int) -> int:
 def once_more(world: World, first: str, second: str, third: str) -> int:
     "Do again what was drawn, print all of it, and give the exit code."
     from test_fuzz import tried
+
     wrong, ran = tried(world, first, second, third)
     print(told_of(ran, wrong), ran.err, sep="\n\n")
     return 1 if wrong else 0

@@ -1,4 +1,5 @@
 """Ways to damage files, and what has to come of each, for rows of mistakes and for the fuzzer."""
+
 import json
 import math
 import os
@@ -23,10 +24,11 @@ def copied(source: Path, folder: Path, name: str | None = None) -> Path:
 
 # Bytes.
 
+
 def cut(path: Path, share: float = 0.5):
     "Keep the first part of a file."
     data = path.read_bytes()
-    path.write_bytes(data[:int(len(data) * share)])
+    path.write_bytes(data[: int(len(data) * share)])
 
 
 def flip(path: Path, bit: int):
@@ -49,6 +51,7 @@ def emptied(path: Path):
 def garbled(path: Path, seed: int = 0):
     "Put bytes without a meaning in a file's place."
     import random
+
     path.write_bytes(random.Random(seed).randbytes(3000))
 
 
@@ -66,6 +69,7 @@ def as_link(path: Path):
 
 class Planted:
     "What makes a file when it is unpickled."
+
     def __reduce__(self):
         return os.mkdir, ("planted",)
 
@@ -76,6 +80,7 @@ def pickled(path: Path):
 
 
 # JSON and YAML.
+
 
 def at(value, where: list):
     "The place below `value` that a path of keys leads to."
@@ -102,10 +107,12 @@ def edited(path: Path, where: str, value=ABSENT):
 
 # Tensors.
 
+
 def tensors(path: Path, change):
     "Let `change` have the tensors of a safetensors file, by name, and write what it leaves."
     from safetensors import safe_open
     from safetensors.torch import load_file, save_file
+
     with safe_open(path, "pt") as f:
         about = f.metadata()
     kept = load_file(path)
@@ -116,6 +123,7 @@ def tensors(path: Path, change):
 def arrays(path: Path, change):
     "The same for an archive of arrays."
     import numpy as np
+
     kept = dict(np.load(path))
     change(kept)
     np.savez(path, **kept)
@@ -138,8 +146,10 @@ def added(name: str, like: str):
 
 # What the fuzzer draws: a kind of file, a way to damage it, and a number that says the rest.
 
+
 class Kind(NamedTuple):
     "A kind of file: where it is, in what form, what reads it, and which of its keys are needed."
+
     source: str
     file: str
     form: str
@@ -149,10 +159,15 @@ class Kind(NamedTuple):
 
 def checked(option: str, below: str = ""):
     "A check with the damaged thing as an option."
+
     def arguments(world, thing: Path, case: Path) -> list:
         spec = thing / below if below else thing
-        return ["check", *world.inputs(**{option: f"1={spec}" if option == "sae" else spec}),
-                *world.budget]
+        return [
+            "check",
+            *world.inputs(**{option: f"1={spec}" if option == "sae" else spec}),
+            *world.budget,
+        ]
+
     return arguments
 
 
@@ -163,8 +178,16 @@ def from_gguf(world, thing: Path, case: Path) -> list:
 
 def measured(world, thing: Path, case: Path) -> list:
     "A run that is measured again."
-    return ["evaluate", thing, "--text", world / "texts" / "text.jsonl", "--valid-tokens", 256,
-            "--out", case / "out"]
+    return [
+        "evaluate",
+        thing,
+        "--text",
+        world / "texts" / "text.jsonl",
+        "--valid-tokens",
+        256,
+        "--out",
+        case / "out",
+    ]
 
 
 def resumed(world, thing: Path, case: Path) -> list:
@@ -187,8 +210,15 @@ def experiment(world, thing: Path, case: Path) -> list:
     return ["run", "00_tiny", "--size", "smoke", "-p", "unknown", 1]
 
 
-SHAPES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-          "num_key_value_heads", "vocab_size", "model_type")
+SHAPES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "model_type",
+)
 KINDS = {
     "model/weights": Kind("model", "model.safetensors", "tensors", checked("model")),
     "model/configuration": Kind("model", "config.json", "json", checked("model"), SHAPES),
@@ -197,22 +227,33 @@ KINDS = {
     "model/of generation": Kind("model", "generation_config.json", "aside", checked("model")),
     "model/gguf": Kind("model.gguf", "", "gguf", from_gguf),
     "sae/weights": Kind("sae", "sae_weights.safetensors", "tensors", checked("sae")),
-    "sae/configuration": Kind("sae", "cfg.json", "json", checked("sae"),
-                              ("architecture", "d_in", "d_sae", "k")),
+    "sae/configuration": Kind(
+        "sae", "cfg.json", "json", checked("sae"), ("architecture", "d_in", "d_sae", "k")
+    ),
     "scope/arrays": Kind("scope", "layer_1/params.npz", "arrays", checked("sae", "layer_1")),
     "text/txt": Kind("texts/text.txt", "", "text", checked("text")),
     "text/jsonl": Kind("texts/text.jsonl", "", "text", checked("text")),
     "text/csv": Kind("texts/text.csv", "", "text", checked("text")),
     "text/parquet": Kind("texts/text.parquet", "", "table", checked("text")),
-    "run/report": Kind("run", "report.json", "json", measured,
-                       ("model", "text", "length", "keep")),
-    "run/about": Kind("run", "adapter/sae_lora.json", "json", measured,
-                      ("model", "saes", "saes/0/layer", "saes/0/source", "saes/0/fingerprint")),
-    "run/of peft": Kind("run", "adapter/adapter_config.json", "json", measured,
-                        ("peft_type", "r", "lora_alpha", "target_modules")),
+    "run/report": Kind("run", "report.json", "json", measured, ("model", "text", "length", "keep")),
+    "run/about": Kind(
+        "run",
+        "adapter/sae_lora.json",
+        "json",
+        measured,
+        ("model", "saes", "saes/0/layer", "saes/0/source", "saes/0/fingerprint"),
+    ),
+    "run/of peft": Kind(
+        "run",
+        "adapter/adapter_config.json",
+        "json",
+        measured,
+        ("peft_type", "r", "lora_alpha", "target_modules"),
+    ),
     "run/weights": Kind("run", "adapter/adapter_model.safetensors", "tensors", measured),
-    "run/of SAE": Kind("run", "adapter/sae-1/cfg.json", "json", measured,
-                       ("architecture", "d_in", "d_sae", "k")),
+    "run/of SAE": Kind(
+        "run", "adapter/sae-1/cfg.json", "json", measured, ("architecture", "d_in", "d_sae", "k")
+    ),
     "run/SAE": Kind("run", "adapter/sae-1/sae_weights.safetensors", "tensors", measured),
     "state/adapter": Kind("stopped", "state.safetensors", "state", resumed),
     "state/SAE": Kind("stopped-sae", "state.safetensors", "state", resumed_sae),
@@ -232,7 +273,9 @@ MUST = {
     "link": (*WHOLE, "text", "yaml"),
     "missing": ("tensors", "json", "arrays", "table", "text", "yaml", "gguf"),
     "swap": WHOLE,
-    "drop a key": (), "retype a key": (), "rename a key": (),  # those that are needed
+    "drop a key": (),
+    "retype a key": (),
+    "rename a key": (),  # those that are needed
     "drop a tensor": ("tensors", "arrays", "state"),
     "rename a tensor": ("tensors", "arrays", "state"),
     "add a tensor": ("tensors", "arrays", "state"),
@@ -242,8 +285,13 @@ MUST = {
 OF_BYTES = ("cut", "flip", "empty", "garbage", "folder", "link", "missing", "swap")
 OF_KEYS = ("drop a key", "retype a key", "rename a key")
 OF_TENSORS = tuple(name for name in MUST if name.endswith("tensor"))
-WAYS = {"json": OF_BYTES + OF_KEYS, "aside": OF_BYTES + OF_KEYS, "tensors": OF_BYTES + OF_TENSORS,
-        "arrays": OF_BYTES + OF_TENSORS, "state": OF_BYTES + OF_TENSORS}
+WAYS = {
+    "json": OF_BYTES + OF_KEYS,
+    "aside": OF_BYTES + OF_KEYS,
+    "tensors": OF_BYTES + OF_TENSORS,
+    "arrays": OF_BYTES + OF_TENSORS,
+    "state": OF_BYTES + OF_TENSORS,
+}
 OTHER_TYPES = (None, True, -1, 0, 1.5, 2**70, "", "words", [], [1], {}, {"a": 1}, [[[[]]]], "\x00")
 
 
@@ -286,6 +334,7 @@ def by_key(path: Path, way: str, number: int, needed: tuple) -> bool:
 
 def by_tensor(path: Path, way: str, number: int, archive: bool):
     "Damage one of the tensors in a file."
+
     def change(kept):
         name = sorted(kept)[number % len(kept)]
         value = kept[name]
@@ -295,15 +344,17 @@ def by_tensor(path: Path, way: str, number: int, archive: bool):
             spoilt = value.reshape(-1)[:1] * float("nan") + value
             kept[name] = spoilt if archive else spoilt.to(value.dtype)
         elif way == "reshape a tensor":
-            kept[name] = value.reshape(-1)[: -1]
+            kept[name] = value.reshape(-1)[:-1]
         elif way != "drop a tensor":
             kept[f"{name}_more"] = value * 1
+
     (arrays if archive else tensors)(path, change)
 
 
 def spoilable(path: Path, number: int) -> bool:
     "Whether the tensor that a number chooses can hold what is not a number."
     from safetensors import safe_open
+
     with safe_open(path, "np") as f:
         names = sorted(f.keys())
         return f.get_slice(names[number % len(names)]).get_dtype().startswith(("F", "BF"))
@@ -334,8 +385,9 @@ def damaged(world, case: Path, name: str, way: str, number: int) -> tuple[list, 
     must = kind.form in MUST[way]
     if way in OF_KEYS:
         must = by_key(path, way, number, kind.needed)
-    elif way in OF_TENSORS and (way != "spoil a tensor" or kind.form == "arrays"
-                                or spoilable(path, number)):
+    elif way in OF_TENSORS and (
+        way != "spoil a tensor" or kind.form == "arrays" or spoilable(path, number)
+    ):
         by_tensor(path, way, number, kind.form == "arrays")
     elif way in OF_TENSORS:
         must = False
@@ -357,24 +409,29 @@ def same_as(after: bytes, before: bytes, form: str) -> bool:
 
 # Options.
 
+
 def whole(low: int, high: float = math.inf):
     "Whole numbers between two; 5.0 is one, too."
+
     def fits(text: str) -> bool:
         try:
             number = int(text) if re.fullmatch(r"\s*[-+]?[\d_]+\s*", text) else float(text)
             return number == number // 1 and low <= number <= high
         except ValueError:
             return False
+
     return fits
 
 
 def real(low: float, high: float = math.inf):
     "Finite numbers between two."
+
     def fits(text: str) -> bool:
         try:
             return math.isfinite(float(text)) and low <= float(text) <= high
         except ValueError:
             return False
+
     return fits
 
 
@@ -396,36 +453,108 @@ def there(text: str) -> bool:
         return False
 
 
-SHARED = {"--seed": whole(-2**63, 2**63 - 1), "--device": one_of("", "cpu", "cpu:0")}
+SHARED = {"--seed": whole(-(2**63), 2**63 - 1), "--device": one_of("", "cpu", "cpu:0")}
 OF_A_RUN = SHARED | {
-    "--rank": whole(1, 10**6), "--layers": layers, "--tokens": whole(1, 2**62),
-    "--length": whole(2, 512), "--recipe": one_of("fast", "published"),
-    "--keep": one_of("special", "none"), "--batch": lambda t: t == "auto" or whole(1, 10**6)(t),
-    "--valid-tokens": whole(2), "--model": there, "--sae": there, "--text": there}
+    "--rank": whole(1, 10**6),
+    "--layers": layers,
+    "--tokens": whole(1, 2**62),
+    "--length": whole(2, 512),
+    "--recipe": one_of("fast", "published"),
+    "--keep": one_of("special", "none"),
+    "--batch": lambda t: t == "auto" or whole(1, 10**6)(t),
+    "--valid-tokens": whole(2),
+    "--model": there,
+    "--sae": there,
+    "--text": there,
+}
 TRIED = {
     "check": {k: v for k, v in OF_A_RUN.items() if k != "--seed"},
-    "adapt": OF_A_RUN | {"--lr": real(0, 1e9), "--cut": real(0, 1),
-                         "--keep-unspliced": real(0),
-                         "--valid-text": lambda t: t == "" or there(t)},
-    "train-sae": SHARED | {
-        "--layer": whole(0, 3), "--width": whole(1, 2**31), "--k": whole(1, 64),
-        "--tokens": whole(128, 2**62), "--text-tokens": whole(1), "--lr": real(0, 1e9),
-        "--batch": whole(1, 4096), "--valid-tokens": whole(2), "--model": there, "--text": there},
+    "adapt": OF_A_RUN
+    | {
+        "--lr": real(0, 1e9),
+        "--cut": real(0, 1),
+        "--keep-unspliced": real(0),
+        "--valid-text": lambda t: t == "" or there(t),
+    },
+    "train-sae": SHARED
+    | {
+        "--layer": whole(0, 3),
+        "--width": whole(1, 2**31),
+        "--k": whole(1, 64),
+        "--tokens": whole(128, 2**62),
+        "--text-tokens": whole(1),
+        "--lr": real(0, 1e9),
+        "--batch": whole(1, 4096),
+        "--valid-tokens": whole(2),
+        "--model": there,
+        "--text": there,
+    },
     "evaluate": {"--valid-tokens": whole(2), "--text": there, "--device": SHARED["--device"]},
 }
-DRAWN = ("", " ", "nan", "inf", "-inf", "-1", "0", "-0", "1e309", "1e-400", str(2**31), str(2**63),
-         str(2**70), "9" * 400, "1.5", "1e5", "0x10", "1_0", "+3", " 3", "٣", "é☃", "x" * 5000,
-         "../x", "/dev/null", "/proc/self/mem", "--", "-", "[1,", "a=b", "a:b:c:d",
-         "auto", "none", "None", "true", "\n", "a\nb", "\x1b[31m", "%s%n", "{0}", "$HOME", "2-1",
-         "1,,2", "-1-3", "1-", "cuda", "meta", "mps:9", "org/name", "0=default", "1=")
+DRAWN = (
+    "",
+    " ",
+    "nan",
+    "inf",
+    "-inf",
+    "-1",
+    "0",
+    "-0",
+    "1e309",
+    "1e-400",
+    str(2**31),
+    str(2**63),
+    str(2**70),
+    "9" * 400,
+    "1.5",
+    "1e5",
+    "0x10",
+    "1_0",
+    "+3",
+    " 3",
+    "٣",
+    "é☃",
+    "x" * 5000,
+    "../x",
+    "/dev/null",
+    "/proc/self/mem",
+    "--",
+    "-",
+    "[1,",
+    "a=b",
+    "a:b:c:d",
+    "auto",
+    "none",
+    "None",
+    "true",
+    "\n",
+    "a\nb",
+    "\x1b[31m",
+    "%s%n",
+    "{0}",
+    "$HOME",
+    "2-1",
+    "1,,2",
+    "-1-3",
+    "1-",
+    "cuda",
+    "meta",
+    "mps:9",
+    "org/name",
+    "0=default",
+    "1=",
+)
 LONG_RUNS = ("--tokens", "--width", "--rank")
 
 
 def with_option(world, case: Path, command: str, option: str, value: str) -> tuple[list, bool]:
     "A command with one option of another value, and whether it has to be refused."
-    base = {"check": ["check", *world.inputs(), *world.budget], "adapt": world.adapt(case / "out"),
-            "train-sae": world.train_sae(case / "out"),
-            "evaluate": measured(world, world / "run", case)}[command]
+    base = {
+        "check": ["check", *world.inputs(), *world.budget],
+        "adapt": world.adapt(case / "out"),
+        "train-sae": world.train_sae(case / "out"),
+        "evaluate": measured(world, world / "run", case),
+    }[command]
     if option in LONG_RUNS and TRIED[command][option](value) and float(value) > 4000:
         value = "0"  # it may be meant, and would take long
     return [*base, f"{option}={value}"], None if TRIED[command][option](value) else True

@@ -12,6 +12,7 @@ that can be compared with the CPU's.
 `install` renames PyTorch's PrivateUse1 backend and makes it the current accelerator, for the whole
 process and for good: use it in a process of its own.
 """
+
 import ctypes
 
 import torch
@@ -61,12 +62,27 @@ def on_device(t: Tensor) -> Tensor:
 # Operations.
 
 _CPU_KERNEL = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
-_INDEXING = ("index", "_unsafe_index", "index_put", "index_put_", "_index_put_impl_",
-             "_unsafe_index_put")
+_INDEXING = (
+    "index",
+    "_unsafe_index",
+    "index_put",
+    "index_put_",
+    "_index_put_impl_",
+    "_unsafe_index_put",
+)
+
+
+def _first(names, place: dict):
+    "The place of the first of `names` that has one."
+    for name in names:
+        if name in place:
+            return place[name]
+    return None
 
 
 class Operation:
     "What the schema of an operation says, read once."
+
     def __init__(self, op):
         returns, arguments = op._schema.returns, list(enumerate(op._schema.arguments))
         self.name = op._schema.name.split("::")[1]
@@ -79,10 +95,13 @@ class Operation:
         aliased = [r.alias_info for r in returns if r.alias_info]
         view = bool(aliased) and not any(info.is_write for info in aliased)
         self.original = view or self.name == "set_"  # works on storage and offset
-        place = {name: a.name if a.kwarg_only else i for i, a in arguments
-                 for name in (a.alias_info.before_set if a.alias_info else ())}
+        place = {
+            name: a.name if a.kwarg_only else i
+            for i, a in arguments
+            for name in (a.alias_info.before_set if a.alias_info else ())
+        }
         sets = [r.alias_info.before_set if r.alias_info else () for r in returns]
-        self.same = tuple(next((place[n] for n in s if n in place), None) for s in sets)
+        self.same = tuple(_first(names, place) for names in sets)
 
 
 _operations = {}
@@ -109,15 +128,22 @@ def _mapped(function, value):
 
 def _unwrapped(about: Operation, args: tuple, kwargs: dict) -> tuple[list, dict]:
     "The arguments for the CPU. Refuses what a GPU refuses: tensors, or a generator, of the CPU."
+
     def unwrap(t):
         if t.is_cpu and t.dim():
-            _refuse(about, "Expected all tensors to be on the same device, but found at least two "
-                           f"devices, {NAME}:0 and {t.device}! (shape {tuple(t.shape)})")
+            _refuse(
+                about,
+                "Expected all tensors to be on the same device, but found at least two "
+                f"devices, {NAME}:0 and {t.device}! (shape {tuple(t.shape)})",
+            )
         return on_cpu(t)
+
     if kwargs.get("generator") is not None:
         _refuse(about, f"Expected a '{NAME}' device type for generator but found another")
-    cpu_args = [_mapped(on_cpu if about.indexing and i == 1 else unwrap, v)  # indices may be there
-                for i, v in enumerate(args)]
+    cpu_args = [
+        _mapped(on_cpu if about.indexing and i == 1 else unwrap, v)  # indices may be there
+        for i, v in enumerate(args)
+    ]
     return cpu_args, {n: _mapped(unwrap, v) for n, v in kwargs.items()}
 
 
@@ -149,8 +175,11 @@ def _kernel(op, *args, **kwargs):
     if about.original:
         return op.redispatch(_CPU_KERNEL, *args, **kwargs)
     cpu_args, cpu_kwargs = _unwrapped(about, args, kwargs)
-    fresh = {n: torch.empty(0, dtype=kwargs[n].dtype) for n in about.outputs
-             if n in kwargs and not kwargs[n].numel()}  # these are to be given their size
+    fresh = {
+        n: torch.empty(0, dtype=kwargs[n].dtype)
+        for n in about.outputs
+        if n in kwargs and not kwargs[n].numel()
+    }  # these are to be given their size
     cpu_kwargs.update(fresh)
     if "device" in cpu_kwargs:  # a factory
         cpu_kwargs["device"] = torch.device("cpu")
@@ -196,19 +225,28 @@ def _resize(t: Tensor, size, *, memory_format=None) -> Tensor:
     return t
 
 
-KERNELS = {"empty.memory_format": _empty, "empty_strided": _empty_strided, "resize_": _resize,
-           "_copy_from": _copy, "_copy_from_and_resize": _copy}
+KERNELS = {
+    "empty.memory_format": _empty,
+    "empty_strided": _empty_strided,
+    "resize_": _resize,
+    "_copy_from": _copy,
+    "_copy_from_and_resize": _copy,
+}
 
 
 # Automatic mixed precision: PyTorch's own lists for CUDA, as far as language models need them.
 
-LOWER = ("mm addmm bmm baddbmm addbmm mv addmv matmul linear einsum chain_matmul convolution "
-         "conv1d conv2d prelu scaled_dot_product_attention").split()
-FLOAT32 = ("exp expm1 log log10 log2 log1p reciprocal rsqrt softplus layer_norm native_layer_norm "
-           "group_norm cosine_similarity nll_loss nll_loss_nd kl_div mse_loss l1_loss "
-           "smooth_l1_loss huber_loss logsumexp dist cdist softmax.int log_softmax.int cumsum "
-           "cumprod sum sum.dim_IntList prod pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar "
-           "norm.Scalar linalg_vector_norm").split()
+LOWER = (
+    "mm addmm bmm baddbmm addbmm mv addmv matmul linear einsum chain_matmul convolution "
+    "conv1d conv2d prelu scaled_dot_product_attention"
+).split()
+FLOAT32 = (
+    "exp expm1 log log10 log2 log1p reciprocal rsqrt softplus layer_norm native_layer_norm "
+    "group_norm cosine_similarity nll_loss nll_loss_nd kl_div mse_loss l1_loss "
+    "smooth_l1_loss huber_loss logsumexp dist cdist softmax.int log_softmax.int cumsum "
+    "cumprod sum sum.dim_IntList prod pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar "
+    "norm.Scalar linalg_vector_norm"
+).split()
 WIDEST = "addcdiv addcmul dot vdot tensordot index_put scatter_add cat stack".split()
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)
 
@@ -226,20 +264,31 @@ def _widest(args) -> torch.dtype:
 
 def _casting(op, dtype_for):
     "A kernel that casts tensors to the type that `dtype_for` gives for the arguments."
+
     def kernel(*args, **kwargs):
         dtype = dtype_for(args)
+
+        def cast(t):
+            return t.to(dtype) if _may_cast(t) else t
+
         with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
-            cast = lambda t: t.to(dtype) if _may_cast(t) else t
             return op(*_mapped(cast, args), **{n: _mapped(cast, v) for n, v in kwargs.items()})
+
     return kernel
+
+
+def _lower(args):
+    return torch.get_autocast_dtype(NAME)
+
+
+def _float32(args):
+    return torch.float32
 
 
 def _register_autocast(everything, aten):
     "All operations pass autocast by, but those on the lists."
     everything.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    lower = lambda args: torch.get_autocast_dtype(NAME)
-    float32 = lambda args: torch.float32
-    for names, dtype_for in ((LOWER, lower), (FLOAT32, float32), (WIDEST, _widest)):
+    for names, dtype_for in ((LOWER, _lower), (FLOAT32, _float32), (WIDEST, _widest)):
         for name in names:
             packet, _, overload = name.partition(".")
             op = getattr(getattr(torch.ops.aten, packet), overload or "default")
@@ -248,8 +297,10 @@ def _register_autocast(everything, aten):
 
 # Random numbers and the module `torch.pretend`.
 
+
 class Random:
     "The random state of the device, apart from the CPU's."
+
     def __init__(self):
         self.seed(0)
 
@@ -279,6 +330,7 @@ random = Random()
 
 class Module:
     "What PyTorch and users ask of `torch.pretend`, as of `torch.cuda`."
+
     def is_initialized(self) -> bool:
         return True
 
@@ -331,8 +383,11 @@ class Module:
 def _structured() -> list[str]:
     "Operations that PyTorch makes of an `out=` variant, unless a device has a kernel: two for one."
     has = torch._C._dispatch_has_kernel_for_dispatch_key
-    names = [n.removeprefix("aten::") for n in torch._C._dispatch_get_all_op_names()
-             if n.startswith("aten::") and has(n, "CompositeExplicitAutogradNonFunctional")]
+    names = [
+        n.removeprefix("aten::")
+        for n in torch._C._dispatch_get_all_op_names()
+        if n.startswith("aten::") and has(n, "CompositeExplicitAutogradNonFunctional")
+    ]
     return [n for n in names if not has(f"aten::{n}", "CompositeImplicitAutograd")]
 
 

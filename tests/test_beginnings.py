@@ -1,45 +1,46 @@
-"""A row begins as the model was trained to begin: with what its tokenizer puts before a text, else with the separator."""
+"""A row begins as the model was trained to begin.
+
+That is with what the tokenizer puts before a text, or, where it puts nothing, with the separator.
+"""
+
 import hashlib
 import random
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
-
 from conftest import CONFIGS, random_sae, tiny
+from worlds import BOS, EOS, TWO, texts, tokenizer
+
 from sae_lora.files import UsageError
-from sae_lora.lm import hidden, layers, load_lm, special_ids
+from sae_lora.hidden import hidden
+from sae_lora.lm import decoder_blocks, load_lm, special_ids
 from sae_lora.metrics import fidelity
 from sae_lora.splice import splice
-from sae_lora.steering import text_rows
-from sae_lora.text import beginning, model_inputs, separator, targets, token_blocks
+from sae_lora.text import beginning, model_inputs, separator, targets, text_rows, token_blocks
 
-FAMILIES = ["gemma2", "gemma3", "llama", "qwen2", "qwen3", "mistral", "phi", "olmo", "gpt2", "gpt_neox", "opt"]
-PAD, BOS, EOS, TWO = 0, 1, 2, 3
-
-
-def tokenizer(template: str | None = None, endoftext: bool = False) -> PreTrainedTokenizerFast:
-    "Numbers as words: `w7` is 7. `template` is what the tokenizer puts round a text."
-    names = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS, "<two>": TWO}
-    if endoftext: names = {"<pad>": PAD, "<bos>": BOS, "<|endoftext|>": EOS, "<two>": TWO}
-    words = Tokenizer(models.WordLevel(names | {f"w{i}": i for i in range(4, 97)}, unk_token="w4"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    if template:
-        used = [(n, i) for n, i in names.items() if n in template]
-        words.post_processor = processors.TemplateProcessing(single=template, special_tokens=used)
-    eos = "<|endoftext|>" if endoftext else "<eos>"
-    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>", eos_token=eos, pad_token="<pad>")
+FAMILIES = [
+    "gemma2",
+    "gemma3",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "phi",
+    "olmo",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+]
 
 
-ADDS = {"bos": ("<bos> $A", [BOS]), "bos and eos": ("<bos> $A <eos>", [BOS]), "two": ("<bos> <two> $A", [BOS, TWO]),
-        "nothing": (None, [EOS]), "eos after": ("$A <eos>", [EOS]), "eos before": ("<eos> $A", [EOS])}
-
-
-def texts(n: int = 24) -> list[str]:
-    "Documents of 3 to 40 words; none of them holds a special token."
-    draw = random.Random(0)
-    return [" ".join(f"w{draw.randint(5, 96)}" for _ in range(draw.randint(3, 40))) for _ in range(n)]
+ADDS = {
+    "bos": ("<bos> $A", [BOS]),
+    "bos and eos": ("<bos> $A <eos>", [BOS]),
+    "two": ("<bos> <two> $A", [BOS, TWO]),
+    "nothing": (None, [EOS]),
+    "eos after": ("$A <eos>", [EOS]),
+    "eos before": ("<eos> $A", [EOS]),
+}
 
 
 @pytest.mark.parametrize("kind", ADDS)
@@ -60,14 +61,20 @@ def test_endoftext_parts_documents_where_the_vocabulary_has_it():
 
 def test_no_separator_and_no_room_are_told():
     tok = tokenizer("<bos> <two> $A")
-    with pytest.raises(UsageError, match="length=2 is taken up.*give 3 or more"): token_blocks(texts(), tok, 2)
-    with pytest.raises(UsageError, match="too short"): token_blocks(["w5 w6"], tok, 64, per_document=True)
+    with pytest.raises(UsageError, match="length=2 is taken up.*give 3 or more"):
+        token_blocks(texts(), tok, 2)
+    with pytest.raises(UsageError, match="too short"):
+        token_blocks(["w5 w6"], tok, 64, per_document=True)
     tok.eos_token = None
-    with pytest.raises(UsageError, match="neither <|endoftext|> nor"): token_blocks(texts(), tok, 8)
+    with pytest.raises(UsageError, match="neither <|endoftext|> nor"):
+        token_blocks(texts(), tok, 8)
 
 
 def documents_of(rows, start) -> list[list[int]]:
-    "The documents in rows that keep them apart, by where positions begin again; the row's own first one left out."
+    """The documents in rows that keep them apart, by where positions begin again.
+
+    The row's own first one is left out.
+    """
     found = []
     for ids, positions in rows.tolist():
         at = [i for i, p in enumerate(positions) if p in (0, -1)] + [len(ids)]
@@ -80,30 +87,42 @@ def test_rows_of_every_mode(kind):
     template, start = ADDS[kind]
     tok, given = tokenizer(template), [tokenizer()(t).input_ids for t in texts()]
     packed = token_blocks(texts(), tok, 16, 2**12, 0, share=0.0).train
-    whole = [i for row in packed.tolist() for i in row[len(start):]]
+    whole = [i for row in packed.tolist() for i in row[len(start) :]]
     parted = [i for d in given for i in d + [EOS]]
-    assert (packed[:, :len(start)] == torch.tensor(start)).all() and whole == parted[:len(whole)]
+    assert (packed[:, : len(start)] == torch.tensor(start)).all() and whole == parted[: len(whole)]
 
     padded = token_blocks(texts(), tok, 48, 2**12, 0, share=0.0, pack=False).train
-    assert [[i for i in row if i >= 0] for row in padded.tolist()] == [start + d for d in given]
+    unpadded = [row[row >= 0].tolist() for row in padded]
+    assert unpadded == [start + d for d in given]
 
     apart = token_blocks(texts(), tok, 48, 2**12, 0, share=0.0, per_document=True).train
-    assert (apart[:, 0, :len(start)] == torch.tensor(start)).all()
+    assert (apart[:, 0, : len(start)] == torch.tensor(start)).all()
     inside = documents_of(apart, start)
     assert len(inside) > 5
     for d in inside:
-        assert d[:len(start)] == start  # each has a beginning of its own, but perhaps at the end of a row
-        if start == [EOS]: assert EOS not in d[1:]
-        elif EOS in d: assert d.index(EOS) == len(d) - 1 and d[len(start):-1] in given
+        assert (
+            d[: len(start)] == start
+        )  # each has a beginning of its own, but perhaps at the end of a row
+        if start == [EOS]:
+            assert EOS not in d[1:]
+        elif EOS in d:
+            assert d.index(EOS) == len(d) - 1 and d[len(start) : -1] in given
 
 
 def test_a_beginning_within_a_row_is_not_to_be_predicted():
     tok = tokenizer("<bos> <two> $A")
     rows = token_blocks(texts(), tok, 48, 2**12, 0, share=0.0, per_document=True).train
-    ids, wanted, inputs = rows[:, 0], targets(rows), model_inputs(rows)
+    ids, wanted = rows[:, 0], targets(rows)
+    inputs = model_inputs(rows)
     new = (ids == BOS) | (ids == TWO)
-    assert new[:, 2:].any() and ((wanted == -1) == new[:, 1:]).all() and (wanted == ids[:, 1:])[~new[:, 1:]].all()
-    assert (inputs["position_ids"] >= 0).all() and ((inputs["position_ids"] == 0) == (ids == BOS)).all()
+    assert (
+        new[:, 2:].any()
+        and ((wanted == -1) == new[:, 1:]).all()
+        and (wanted == ids[:, 1:])[~new[:, 1:]].all()
+    )
+    assert (inputs["position_ids"] >= 0).all() and (
+        (inputs["position_ids"] == 0) == (ids == BOS)
+    ).all()
     assert (inputs["position_ids"][ids == TWO] == 1).all() and "attention_mask" not in inputs
     plain = token_blocks(texts(), tokenizer(), 48, 2**12, 0, share=0.0, per_document=True).train
     assert targets(plain).equal(plain[:, 0, 1:]) and targets(rows[:, 0]).equal(rows[:, 0, 1:])
@@ -117,29 +136,40 @@ def test_no_row_has_two_beginnings_at_its_start():
 
 
 def test_a_text_to_steer_begins_like_a_row():
-    assert text_rows(["w5 w6", "w7"], tokenizer("<bos> $A <eos>")).tolist() == [[BOS, 5, 6], [BOS, 7, -1]]
+    assert text_rows(["w5 w6", "w7"], tokenizer("<bos> $A <eos>")).tolist() == [
+        [BOS, 5, 6],
+        [BOS, 7, -1],
+    ]
 
 
 @pytest.mark.parametrize("adds", [True, False])
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.no_grad()
 def test_every_family_in_every_mode(name, adds):
-    lm, tok, saes = tiny(name), tokenizer("<bos> $A" if adds else None, endoftext=name.startswith("qwen")), {1: random_sae()}
+    lm, saes = tiny(name), {1: random_sae()}
+    tok = tokenizer("<bos> $A" if adds else None, endoftext=name.startswith("qwen"))
     for mode in ({}, dict(per_document=True), dict(pack=False)):
         rows = token_blocks(texts(), tok, 32, 2**10, 0, share=0.0, **mode).train[:4]
         ids = rows.flatten(1)[:, 0]
         assert (ids == (BOS if adds else EOS)).all()
         inputs, seen = model_inputs(rows), []
-        handle = layers(lm)[1].register_forward_hook(lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out))
+        handle = decoder_blocks(lm)[1].register_forward_hook(
+            lambda m, a, out: seen.append(out[0] if isinstance(out, tuple) else out)
+        )
         h = hidden(lm, inputs, 1)
-        with splice(lm, saes): lm(**inputs)
+        with splice(lm, saes):
+            lm(**inputs)
         handle.remove()
-        assert seen[-1][:, 0].equal(h[:, 0]) and not seen[-1][:, 1].equal(h[:, 1])  # the first position is kept, the second not
+        assert seen[-1][:, 0].equal(h[:, 0]) and not seen[-1][:, 1].equal(
+            h[:, 1]
+        )  # the first position is kept, the second not
         report = fidelity(lm, saes, rows)
         assert report["ce"]["base"] > 0 and report["kl"]["spliced"] > 0
 
 
-@pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"opt", "bloom", "falcon"}))  # their masks take no heed of positions
+@pytest.mark.parametrize(
+    "name", sorted(set(CONFIGS) - {"opt", "bloom", "falcon"})
+)  # their masks take no heed of positions
 @torch.no_grad()
 def test_a_document_in_a_row_is_the_document_alone(name):
     lm, tok = tiny(name), tokenizer("<bos> $A")
@@ -150,64 +180,130 @@ def test_a_document_in_a_row_is_the_document_alone(name):
     torch.testing.assert_close(together, lm(input_ids=row[:, 0, a:b]).logits, rtol=1e-4, atol=1e-4)
 
 
-# SmolLM2's tokenizer puts nothing before a text: its rows are those of version 0.1.0, to the last id
-
-WORDS = "the sea tide lighthouse keeper wrote a letter about two small boats and one storm that nobody saw coming".split()
+WORDS = (
+    "the sea tide lighthouse keeper wrote a letter about two small boats and one storm "
+    "that nobody saw coming"
+).split()
 
 
 def stories(n: int = 160) -> list[str]:
-    "Texts of a few to a few hundred words; two that are blank, and one that holds the separator itself."
+    "Texts of a few to a few hundred words; two are blank, and one holds the separator itself."
     draw, found = random.Random(0), []
     for i in range(n):
-        sentences = [" ".join(draw.choices(WORDS, k=draw.randint(3, 14))).capitalize() + "." for _ in range(draw.randint(1, 24))]
+        sentences = [
+            " ".join(draw.choices(WORDS, k=draw.randint(3, 14))).capitalize() + "."
+            for _ in range(draw.randint(1, 24))
+        ]
         found.append(f"{i}. " + " ".join(sentences))
     return found[:40] + ["", " \n"] + found[40:] + ["One<|endoftext|>two."]
 
 
 KNOWN = {  # options, sha256 of train and valid ids, shapes, hash; computed with 0.1.0
     "packed": ({}, "750cc8b2be571186", (256, 64), (32, 64), "d07d9e9d9dfb"),
-    "per_document": (dict(per_document=True), "7d3cb3f8f537ea0d", (256, 2, 64), (32, 2, 64), "ded9364e31fd"),
+    "per_document": (
+        dict(per_document=True),
+        "7d3cb3f8f537ea0d",
+        (256, 2, 64),
+        (32, 2, 64),
+        "ded9364e31fd",
+    ),
     "padded": (dict(pack=False), "aa0415ce1fae9891", (124, 64), (18, 64), "b03a2c0cb56f"),
     "cut": (dict(cut=0.75), "e5010905778ccc76", (233, 64), (32, 64), "d07d9e9d9dfb"),
-    "sentences": (dict(per_document=True, cut=1.0, between=(20, 20), sep="<|im_start|>", lead=" "),
-                  "32c24e96b3632e65", (256, 2, 64), (32, 2, 64), "0052e36cace6"),
+    "sentences": (
+        dict(per_document=True, cut=1.0, between=(20, 20), sep="<|im_start|>", lead=" "),
+        "32c24e96b3632e65",
+        (256, 2, 64),
+        (32, 2, 64),
+        "0052e36cace6",
+    ),
     "sep": (dict(sep="<|im_end|>"), "d67c034b1eaddfaf", (256, 64), (32, 64), "0c96f1231c8a"),
     "lead": (dict(lead="\n"), "e3d9eea1921d21e3", (256, 64), (32, 64), "28e95c4db5ba"),
-    "padded_sep": (dict(pack=False, sep="<|im_start|>"), "7c4475cefe79ac80", (124, 64), (18, 64), "440b7203e4af"),
-    "odd": (dict(length=37, share=0.3, cut=0.5, per_document=True), "a28090ef49b1e4f8", (373, 2, 37), (55, 2, 37), "d5c3d94f875c"),
+    "padded_sep": (
+        dict(pack=False, sep="<|im_start|>"),
+        "7c4475cefe79ac80",
+        (124, 64),
+        (18, 64),
+        "440b7203e4af",
+    ),
+    "odd": (
+        dict(length=37, share=0.3, cut=0.5, per_document=True),
+        "a28090ef49b1e4f8",
+        (373, 2, 37),
+        (55, 2, 37),
+        "d5c3d94f875c",
+    ),
 }
 
 
 @pytest.mark.parametrize("mode", KNOWN)
 def test_rows_of_smollm2_are_as_they_were(world, mode):
     options, digest, train, valid, name = KNOWN[mode]
-    blocks = token_blocks(stories(), world[1], **dict(length=64, tokens=2**14, valid_tokens=2**11, share=0.2) | options)
-    assert (tuple(blocks.train.shape), tuple(blocks.valid.shape), blocks.hash) == (train, valid, name)
-    assert hashlib.sha256(blocks.train.numpy().tobytes() + blocks.valid.numpy().tobytes()).hexdigest()[:16] == digest
-    assert (blocks.train >= (0 if mode not in ("padded", "padded_sep") else -1)).all() and beginning(world[1]) == [0]
+    blocks = token_blocks(
+        stories(),
+        world[1],
+        **dict(length=64, tokens=2**14, valid_tokens=2**11, share=0.2) | options,
+    )
+    assert (tuple(blocks.train.shape), tuple(blocks.valid.shape), blocks.hash) == (
+        train,
+        valid,
+        name,
+    )
+    assert (
+        hashlib.sha256(blocks.train.numpy().tobytes() + blocks.valid.numpy().tobytes()).hexdigest()[
+            :16
+        ]
+        == digest
+    )
+    assert (
+        blocks.train >= (0 if mode not in ("padded", "padded_sep") else -1)
+    ).all() and beginning(world[1]) == [0]
 
 
 @torch.no_grad()
 def test_gemma_is_what_it_should_be():
     lm, tok = load_lm("gemma-3-270m", dtype=torch.float32)
     config = lm.config
-    assert lm.get_output_embeddings().weight is lm.get_input_embeddings().weight and config.num_hidden_layers == 18
-    assert [i for i, b in enumerate(layers(lm)) if not b.self_attn.sliding_window] == [5, 11, 17] and config.sliding_window == 512
-    assert tok("x").input_ids[0] == tok.bos_token_id and tok.decode(beginning(tok)) == "<bos>" and tok.decode(separator(tok)) == "<eos>"
+    assert (
+        lm.get_output_embeddings().weight is lm.get_input_embeddings().weight
+        and config.num_hidden_layers == 18
+    )
+    assert [i for i, b in enumerate(decoder_blocks(lm)) if not b.self_attn.sliding_window] == [
+        5,
+        11,
+        17,
+    ] and config.sliding_window == 512
+    assert (
+        tok("x").input_ids[0] == tok.bos_token_id
+        and tok.decode(beginning(tok)) == "<bos>"
+        and tok.decode(separator(tok)) == "<eos>"
+    )
     long = token_blocks("docs", tok, 700, 1400, 0, share=0.0).train[:1]
     other = long.clone()
     other[0, 100] = 500
-    reached = (hidden(lm, model_inputs(long), 0) != hidden(lm, model_inputs(other), 0)).any(-1)[0].nonzero()[:, 0]
+    reached = (
+        (hidden(lm, model_inputs(long), 0) != hidden(lm, model_inputs(other), 0))
+        .any(-1)[0]
+        .nonzero()[:, 0]
+    )
     assert (int(reached.min()), int(reached.max())) == (100, 100 + config.sliding_window - 1)
-    said = lm.generate(**tok("Monday, Tuesday, Wednesday,", return_tensors="pt"), max_new_tokens=3, do_sample=False)
-    assert tok.decode(said[0]) == "<bos>Monday, Tuesday, Wednesday, Thursday, Friday" and special_ids(lm) == [0, 1, 2, 3]
+    said = lm.generate(
+        **tok("Monday, Tuesday, Wednesday,", return_tensors="pt"), max_new_tokens=3, do_sample=False
+    )
+    assert tok.decode(
+        said[0]
+    ) == "<bos>Monday, Tuesday, Wednesday, Thursday, Friday" and special_ids(lm) == [0, 1, 2, 3]
 
     def ce(**options):
         total = count = 0
         for rows in token_blocks("default", tok, 256, 256, 4 * 256, **options).valid.split(2):
             z, wanted = lm(**model_inputs(rows)).logits[:, :-1], targets(rows)
-            total += float(torch.nn.functional.cross_entropy(z.flatten(0, 1), wanted.flatten(), reduction="sum"))
+            total += float(
+                torch.nn.functional.cross_entropy(
+                    z.flatten(0, 1), wanted.flatten(), reduction="sum"
+                )
+            )
             count += wanted.numel()
         return total / count
+
     right, wrong = ce(), ce(sep="<eos>")
     assert right < 3.05 and wrong > right + 0.8

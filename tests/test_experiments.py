@@ -1,122 +1,109 @@
-"""Runs are strict and leave whole files or none; rows are computed once; parameter files name what exists; every experiment runs at size smoke."""
-import json
-import os
-import subprocess
-import sys
+"""Every experiment runs at size smoke, and what experiments share is right.
+
+Adapters come off again and are recalled exactly; data are where they are said to be.
+"""
 
 import pytest
+import torch
+from conftest import random_sae, tiny
 
-pytest.importorskip("papermill")
-import nbformat
-from nbformat.v4 import new_code_cell, new_notebook
+from sae_lora.experiments import benchmarks, cacheable, saes_at, with_adapters
+from sae_lora.files import UsageError, cache_path
+from sae_lora.lora import lora_parameters
+from sae_lora.notebooks import experiments, run_experiment
 
-from sae_lora import experiments as ex
-from sae_lora.files import UsageError
-from sae_lora.results import Results
-
-NAMES = ex.experiments()
+RUN = dict(rank=2, layers="after", tokens=64, recipe="fast", seed=0)
 
 
 @pytest.fixture
-def small_project(tmp_path, monkeypatch):
-    "A project with one experiment, `squares`, whose rows need no model; a function that writes its cells anew."
-    folder = tmp_path / "clone" / "nbs" / "experiments"
-    (folder / "params" / "laptop").mkdir(parents=True)
-    (folder / "params" / "laptop" / "squares.yml").write_text("estimate_minutes: 1\nxs: [1, 2]\n")
-    code = ("from sae_lora.experiments import rows_of\nimport os, sys\ndef square(group):\n    for p in group: yield dict(square=p['rank'] ** 2)\n"
-            "rows = rows_of('squares', [dict(rank=x) for x in xs], square)\nprint(os.getcwd()); print('no' + 'ise', file=sys.stderr)\nprint(rows.square.tolist())")
-    def write(parameters="xs = [3]", body=code, tags=("parameters",)):
-        cells = [new_code_cell(parameters, metadata=dict(tags=list(tags))), new_code_cell(body)]
-        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": {"name": "python3", "language": "python", "display_name": "python3"}}), folder / "squares.ipynb")
-    write()
-    monkeypatch.chdir(tmp_path / "clone")
-    monkeypatch.delenv("SAE_LORA_RESULTS", raising=False)
-    return write
+def setting(monkeypatch, tmp_path):
+    "A tiny model, an SAE, rows; and a cache of their own."
+    monkeypatch.setenv("SAE_LORA_CACHE", str(tmp_path))
+    rows = torch.randint(3, 97, (8, 16), generator=torch.Generator().manual_seed(0))
+    return tiny("llama"), {1: random_sae()}, rows
 
 
-def test_a_run_writes_rows_and_a_clean_copy(small_project):
-    out = ex.run_experiment("squares")
-    assert out.name == "squares.ipynb" and out.parent.name == "results"
-    nb, text = nbformat.read(out, 4), out.read_text()
-    assert "[1, 4]" in text and "noise" not in text and str(out.parents[2]) not in text and "papermill" not in json.dumps(nb.metadata)
-    assert "start_time" not in text and len(Results(ex.rows_path("squares")).rows()) == 2
-    assert ex.run_experiment("squares").read_text() == text  # a second run changes nothing
+def weights(lm) -> torch.Tensor:
+    "All weights of the adapter that is on."
+    return torch.cat([p.detach().flatten() for p in lora_parameters(lm).values()])
 
 
-def test_a_deleted_row_is_the_only_one_computed(small_project):
-    ex.run_experiment("squares")
-    path = ex.rows_path("squares")
-    before = path.read_text()
-    path.write_text("".join(before.splitlines(keepends=True)[:1]))
-    with pytest.raises(UsageError, match="1 of 2 rows of squares are missing; `sae-lora run squares`"): ex.run_experiment("squares", draw=True)
-    ex.run_experiment("squares")
-    assert path.read_text() == before
-    path.chmod(0o444)
-    ex.run_experiment("squares", draw=True)
+def test_an_adapter_is_recalled_as_it_was(setting):
+    lm, saes, rows = setting
+    with with_adapters(lm, saes, rows, RUN) as first:
+        trained = weights(lm)
+    (kept,) = cache_path("adapters").glob("*")
+    before = kept.stat().st_mtime_ns
+    with with_adapters(lm, saes, rows, RUN) as again:
+        assert torch.equal(weights(lm), trained) and again == first
+    assert kept.stat().st_mtime_ns == before and not getattr(lm, "peft_config", None)
 
 
-def test_a_failed_run_leaves_nothing(small_project):
-    small_project(body="raise RuntimeError('broken')")
-    with pytest.raises(Exception, match="broken"): ex.run_experiment("squares")
-    assert not any((ex.project() / "nbs" / "results").glob("*"))
+@pytest.mark.parametrize("change", [dict(rank=3), dict(seed=1), dict(lr=2e-3), dict(tokens=32)])
+def test_another_run_is_another_adapter(setting, change):
+    lm, saes, rows = setting
+    for p in (RUN, RUN | change):
+        with with_adapters(lm, saes, rows, p):
+            pass
+    assert len(list(cache_path("adapters").glob("*"))) == 2
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(tags=()), "0 cells are tagged parameters"), (dict(parameters="xs = range(3)"), "lines like"), (dict(parameters="ys = [1]"), "no parameter 'xs'; it has ys")])
-def test_notebooks_that_are_refused(small_project, change, message):
-    small_project(**change)
-    with pytest.raises(UsageError, match=message): ex.run_experiment("squares")
+def test_several_are_trained_side_by_side_and_come_off_on_error_too(setting):
+    lm, saes, rows = setting
+    with pytest.raises(RuntimeError):
+        with with_adapters(lm, saes, rows, RUN, RUN | dict(rank=4)) as curves:
+            assert list(curves) == ["run0", "run1"] == list(lm.peft_config)
+            raise RuntimeError
+    assert not getattr(lm, "peft_config", None)
+    assert not cache_path("adapters").exists()  # those that were trained together are not kept
 
 
-def test_mistakes_on_the_command_line():
-    for given, said in (("run nope", "give one of"), ("run 02_sparsity -p rnak 4", "no parameter 'rnak'"), ("run 02_sparsity --size huge", "has no size"), ("run 02_sparsity -p rank", "-p NAME VALUE"), ("run", "--all")):
-        done = subprocess.run([sys.executable, "-c", "from sae_lora.cli import main; main()", *given.split()], capture_output=True, text=True)
-        assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and said in done.stderr, done.stderr
+def test_what_is_kept_is_checked(setting):
+    lm, saes, rows = setting
+    with with_adapters(lm, saes, rows, RUN):
+        pass
+    (kept,) = cache_path("adapters").glob("*")
+    kept.write_bytes(kept.read_bytes()[:-10])
+    with pytest.raises(UsageError, match="it is made again"):
+        with with_adapters(lm, saes, rows, RUN):
+            pass
+    assert not getattr(lm, "peft_config", None)
+
+
+def test_short_runs_of_the_fast_recipe_are_cacheable():
+    lm = tiny("llama")
+    assert cacheable(lm, 2**20) and not cacheable(lm, 2**21)
+    assert not cacheable(lm, 64, "published")
+
+
+def test_saes_are_by_layer(world):
+    lm, _, saes, blocks = world
+    for spec in ("default", ["default"]):
+        assert list(saes_at(lm, blocks, spec)) == list(saes)
 
 
 def test_benchmarks_lie_where_the_user_says(monkeypatch, tmp_path):
-    assert (ex.benchmarks("sample") / "blimp").is_dir()
+    assert (benchmarks("sample") / "blimp").is_dir()
     monkeypatch.setenv("SAE_LORA_DATA", str(tmp_path))
-    assert ex.benchmarks("full") == tmp_path
+    assert benchmarks("full") == tmp_path
     monkeypatch.delenv("SAE_LORA_DATA")
-    with pytest.raises(UsageError, match="SAE_LORA_DATA to a folder"): ex.benchmarks("full")
-    with pytest.raises(UsageError, match="give full or sample"): ex.benchmarks("all")
+    with pytest.raises(UsageError, match="SAE_LORA_DATA to a folder"):
+        benchmarks("full")
+    with pytest.raises(UsageError, match="give full or sample"):
+        benchmarks("all")
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_size_names_known_parameters(name):
-    for size in ("smoke", "laptop", "paper"):
-        _, minutes = ex.settings(name, size)
-        assert minutes > 0
-
-
-def test_sources_have_no_outputs(root):
-    for name in NAMES:
-        for c in nbformat.read(root / "nbs" / "experiments" / f"{name}.ipynb", 4).cells: assert not c.get("outputs"), name
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_figures_can_be_read_alone(name, root):
-    "Each cell that draws says what is to be seen, above and in place of the picture."
-    drawing = [c.source for c in nbformat.read(root / "nbs" / "experiments" / f"{name}.ipynb", 4).cells if c.cell_type == "code" and "#| fig-cap: " in c.source]
-    assert drawing and all("#| fig-alt: " in s for s in drawing)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_papers_saes_are_in_the_registry(name):
-    "Each `release:id` exists in SAELens, and those that name their hook are at the layer meant."
-    from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
-    directory, values = get_pretrained_saes_directory(), ex.settings(name, "paper")[0]
-    specs = [s for s in [*values.get("saes", []), *(m["sae"] for m in values.get("models", [])), values.get("sae"), values.get("sparse")] if isinstance(s, str)]
-    if any("{}" in s for s in specs): specs = [specs[0].format(i) for chosen in values["sets"] for i in chosen]
-    for spec in specs:
-        release, _, sae_id = spec.partition(":")
-        assert release in directory and sae_id in directory[release].saes_map, spec
-
-
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", experiments())
 def test_smoke(name):
     "On the real model, with rows of its own."
-    out = ex.run_experiment(name, "smoke")
+    pytest.importorskip("papermill")
+    import nbformat
+
+    out = run_experiment(name, "smoke")
     nb = nbformat.read(out, 4)
-    assert any("image/png" in o.get("data", {}) for c in nb.cells if c.cell_type == "code" for o in c.outputs)
+    assert any(
+        "image/png" in o.get("data", {})
+        for c in nb.cells
+        if c.cell_type == "code"
+        for o in c.outputs
+    )

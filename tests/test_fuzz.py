@@ -1,5 +1,6 @@
 """Damages and options drawn at random, and runs killed at any moment; a longer campaign of the same
 is `python tests/hostile.py`."""
+
 import signal
 import time
 
@@ -10,16 +11,27 @@ from hypothesis import strategies as st
 from mutants import DRAWN, KINDS, OF_BYTES, TRIED, WAYS, damaged, with_option
 
 NUMBERS = st.integers(0, 2**40)
-DAMAGES = st.sampled_from(list(KINDS)).flatmap(lambda name: st.tuples(
-    st.just(name), st.sampled_from(WAYS.get(KINDS[name].form, OF_BYTES)), NUMBERS))
-WRITTEN = st.one_of(st.sampled_from(DRAWN), st.integers(-2**80, 2**80).map(str),
-                    st.floats().map(str),
-                    st.text(st.characters(exclude_characters="\0/.~",
-                                          exclude_categories=["Cs"])))
-VALUES = st.sampled_from(list(TRIED)).flatmap(lambda command: st.tuples(
-    st.just(command), st.sampled_from(list(TRIED[command])), WRITTEN))
-FEW = dict(deadline=None, derandomize=True, database=None, phases=[Phase.generate],
-           suppress_health_check=list(HealthCheck))
+DAMAGES = st.sampled_from(list(KINDS)).flatmap(
+    lambda name: st.tuples(
+        st.just(name), st.sampled_from(WAYS.get(KINDS[name].form, OF_BYTES)), NUMBERS
+    )
+)
+WRITTEN = st.one_of(
+    st.sampled_from(DRAWN),
+    st.integers(-(2**80), 2**80).map(str),
+    st.floats().map(str),
+    st.text(st.characters(exclude_characters="\0/.~", exclude_categories=["Cs"])),
+)
+VALUES = st.sampled_from(list(TRIED)).flatmap(
+    lambda command: st.tuples(st.just(command), st.sampled_from(list(TRIED[command])), WRITTEN)
+)
+FEW = dict(
+    deadline=None,
+    derandomize=True,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
 
 
 def tried_damage(world, name: str, way: str, number: int):
@@ -73,9 +85,14 @@ def killed(tiny_world):
     return Killed(tiny_world)
 
 
-KILLS = [Kill("adapt", signal.SIGKILL, 0.1, False), Kill("adapt", signal.SIGINT, 0.2, True),
-         Kill("adapt", signal.SIGTERM, 1.0, True), Kill("train-sae", signal.SIGKILL, 0.5, True),
-         Kill("train-sae", signal.SIGTERM, 0.0, True), Kill("train-sae", signal.SIGINT, 0.1, False)]
+KILLS = [
+    Kill("adapt", signal.SIGKILL, 0.1, False),
+    Kill("adapt", signal.SIGINT, 0.2, True),
+    Kill("adapt", signal.SIGTERM, 1.0, True),
+    Kill("train-sae", signal.SIGKILL, 0.5, True),
+    Kill("train-sae", signal.SIGTERM, 0.0, True),
+    Kill("train-sae", signal.SIGINT, 0.1, False),
+]
 
 
 @pytest.mark.parametrize("kill", KILLS, ids=str)

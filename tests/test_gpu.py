@@ -1,14 +1,17 @@
 """The entries of `device_entries.py` on a GPU: `pytest -m gpu`; skipped where there is none."""
+
 import pytest
 import torch
-from device_entries import ENTRIES, conditions, judged, not_finite, tried, trained
+from device_entries import ENTRIES, conditions, judged, not_finite, trained, tried
 
-from sae_lora.loss import can_compile
+from sae_lora.arithmetic import can_compile
 
 APPLE = torch.backends.mps.is_available()
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if APPLE else None
-pytestmark = [pytest.mark.gpu,
-              pytest.mark.skipif(DEVICE is None, reason="no GPU: neither CUDA nor MPS is there")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(DEVICE is None, reason="no GPU: neither CUDA nor MPS is there"),
+]
 
 # Of the size of a result. A GPU adds in another order than a CPU and rounds exp and tanh otherwise,
 # about 1e-7 each; steps of Adam, which divides a small gradient by its own size, make more of it.
@@ -52,6 +55,8 @@ def test_fused_kernels_on_a_gpu_train_the_same_adapter(architecture):
     if not can_compile(DEVICE):
         pytest.skip("torch.compile does not work here")
     with conditions():
-        plain, fused = (trained(DEVICE, torch.float32, architecture=architecture, fuse=fuse)
-                        for fuse in (False, True))
+        plain, fused = (
+            trained(DEVICE, torch.float32, architecture=architecture, fuse=fuse)
+            for fuse in (False, True)
+        )
     torch.testing.assert_close(plain["losses"], fused["losses"], rtol=1e-3, atol=1e-4)

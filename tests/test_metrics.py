@@ -1,10 +1,15 @@
-"""The shares that are told are what they say, in float32 whatever the model is, and a wide SAE needs no more room than a narrow one."""
+"""The shares that are told are what they say, in float32 whatever the model is.
+
+And a wide SAE needs no more room than a narrow one.
+"""
+
 import pytest
 import torch
-
 from conftest import random_sae, tiny
+
 from sae_lora import sae as sae_module
-from sae_lora.lm import head, hidden
+from sae_lora.hidden import hidden
+from sae_lora.lm import head
 from sae_lora.lora import add_lora, lora_parameters
 from sae_lora.metrics import fidelity, sparsity, token_losses
 from sae_lora.sae import reconstruct
@@ -27,11 +32,17 @@ def adapted(name="llama", dtype=torch.float32):
 def test_both_shares_are_those_of_plain_passes():
     lm, saes = adapted()
     report, inputs = fidelity(lm, saes, ROWS), model_inputs(ROWS)
+
     def log_probabilities(inside, adapter):
         lm.enable_adapters() if adapter else lm.disable_adapters()
-        if not inside: return lm(**inputs).logits[:, :-1].log_softmax(-1)
-        with splice(lm, saes): return lm(**inputs).logits[:, :-1].log_softmax(-1)
-    base, spliced, student = (log_probabilities(*way) for way in ((False, False), (True, False), (True, True)))
+        if not inside:
+            return lm(**inputs).logits[:, :-1].log_softmax(-1)
+        with splice(lm, saes):
+            return lm(**inputs).logits[:, :-1].log_softmax(-1)
+
+    base, spliced, student = (
+        log_probabilities(*way) for way in ((False, False), (True, False), (True, True))
+    )
     lm.enable_adapters()
     kl = [float((base.exp() * (base - q)).sum(-1).mean()) for q in (spliced, student)]
     ce = [float(-q.gather(-1, ROWS[:, 1:, None]).mean()) for q in (base, spliced, student)]
@@ -53,7 +64,9 @@ def test_losses_of_a_bfloat16_model_come_from_float32_logits(name):
     got = token_losses(lm, saes, ROWS)["ce"]["adapted_unspliced"]
     h = hidden(lm, model_inputs(ROWS), "final").float()
     logits = head(lm).float()(h)[:, :-1]
-    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ROWS[:, 1:].flatten(), reduction="none")
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), ROWS[:, 1:].flatten(), reduction="none"
+    )
     torch.testing.assert_close(got.flatten(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -62,14 +75,16 @@ def test_a_wide_sae_goes_in_pieces(architecture, monkeypatch):
     lm, sae = tiny("llama"), random_sae(architecture)
     x = torch.randn(2, 24, 32, requires_grad=True)
     whole, measured = reconstruct(sae, x), sparsity(lm, sae, 1, ROWS)
-    gradient, = torch.autograd.grad(whole.square().sum(), x)
+    (gradient,) = torch.autograd.grad(whole.square().sum(), x)
     most = []
     encode = sae.encode
     monkeypatch.setattr(sae, "encode", lambda x: (most.append(x.numel() // 32), encode(x))[1])
     monkeypatch.setattr(sae_module, "PIECE", 5 * sae.cfg.d_sae)
     parts = reconstruct(sae, x)
     torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(torch.autograd.grad(parts.square().sum(), x)[0], gradient, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        torch.autograd.grad(parts.square().sum(), x)[0], gradient, rtol=1e-4, atol=1e-5
+    )
     assert sparsity(lm, sae, 1, ROWS) == pytest.approx(measured, rel=1e-5)
     assert most and max(most) <= 5  # positions whose latents exist at a time
 

@@ -1,4 +1,8 @@
-"""Whole runs of the command on the real model: what they write, and that a killed one ends where an unbroken one does."""
+"""Whole runs of the command on the real model: what they write.
+
+And that one that is killed and resumed ends where an unbroken one does.
+"""
+
 import json
 import os
 import signal
@@ -8,11 +12,15 @@ import time
 
 import pytest
 
-KEYS = "model saes text tokens seed recipe ce kl gap gap_closed kl_closed ci95 l0 fvu train_seconds tokens_per_second device peak_memory_bytes versions".split()
+KEYS = (
+    "model saes text tokens seed recipe ce kl gap gap_closed kl_closed ci95 l0 fvu train_seconds "
+    "tokens_per_second device peak_memory_bytes versions"
+).split()
 SMALL = ["--tokens", "12288", "--valid-tokens", "2048", "--rank", "8"]
 
 
-def command(*arguments): return [sys.executable, "-c", "from sae_lora.cli import main; main()", *map(str, arguments)]
+def command(*arguments):
+    return [sys.executable, "-c", "from sae_lora.cli import main; main()", *map(str, arguments)]
 
 
 def run(*arguments) -> dict:
@@ -30,27 +38,48 @@ def unbroken(tmp_path_factory):
 
 def test_report_and_files(unbroken):
     out, report = unbroken
-    assert all(k in report for k in KEYS) and report == json.loads((out / "report.json").read_text())
-    assert set(report["ce"]) == {"base", "spliced", "adapted", "adapted_unspliced"} and set(report["kl"]) == {"spliced", "adapted", "adapted_unspliced"}
-    assert report["ce"]["base"] < report["ce"]["adapted"] < report["ce"]["spliced"] and report["gap_closed"] > 0.05
+    assert all(k in report for k in KEYS) and report == json.loads(
+        (out / "report.json").read_text()
+    )
+    assert set(report["ce"]) == {"base", "spliced", "adapted", "adapted_unspliced"} and set(
+        report["kl"]
+    ) == {"spliced", "adapted", "adapted_unspliced"}
+    assert (
+        report["ce"]["base"] < report["ce"]["adapted"] < report["ce"]["spliced"]
+        and report["gap_closed"] > 0.05
+    )
     assert {p.name for p in out.iterdir()} == {"adapter", "curve.png", "report.json"}
-    assert {"adapter_config.json", "adapter_model.safetensors", "sae_lora.json", "README.md"} <= {p.name for p in (out / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "sae_lora.json", "README.md"} <= {
+        p.name for p in (out / "adapter").iterdir()
+    }
 
 
 @pytest.mark.parametrize("options", [[], ["--shard"]])
 def test_two_processes_share_the_command(unbroken, tmp_path, options):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--no_python", *command("adapt", "--out", tmp_path / "run", *SMALL, *options)]
-    done = subprocess.run(launch, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--no_python",
+        *command("adapt", "--out", tmp_path / "run", *SMALL, *options),
+    ]
+    done = subprocess.run(
+        launch, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     report = json.loads((tmp_path / "run" / "report.json").read_text())
-    for model, value in unbroken[1]["ce"].items(): assert abs(report["ce"][model] - value) < 0.005
+    for model, value in unbroken[1]["ce"].items():
+        assert abs(report["ce"][model] - value) < 0.005
 
 
 def test_evaluate_measures_the_same(unbroken):
     out, report = unbroken
     again = run("evaluate", out, "--valid-tokens", 2048)
     assert all(k in again for k in KEYS)
-    for model, value in report["ce"].items(): assert abs(again["ce"][model] - value) < 1e-4
+    for model, value in report["ce"].items():
+        assert abs(again["ce"][model] - value) < 1e-4
 
 
 def test_evaluate_on_other_text(unbroken, ag_news):
@@ -62,13 +91,20 @@ def test_evaluate_on_other_text(unbroken, ag_news):
 @pytest.mark.parametrize("seconds", [0.2, 2.0])
 def test_killed_and_resumed_is_unbroken_bit_for_bit(unbroken, tmp_path, seconds):
     out = tmp_path / "broken"
-    process = subprocess.Popen(command("adapt", "--out", out, *SMALL), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / "state.safetensors").exists() and process.poll() is None: time.sleep(0.05)
+    process = subprocess.Popen(
+        command("adapt", "--out", out, *SMALL), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    while not (out / "state.safetensors").exists() and process.poll() is None:
+        time.sleep(0.05)
     time.sleep(seconds)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (out / "report.json").exists(), "the run was over before it was killed"
-    changed = subprocess.run(command("adapt", "--out", out, *SMALL, "--resume", "--lr", "0.01"), capture_output=True, text=True)
+    changed = subprocess.run(
+        command("adapt", "--out", out, *SMALL, "--resume", "--lr", "0.01"),
+        capture_output=True,
+        text=True,
+    )
     assert changed.returncode == 2 and "lr=" in changed.stderr
     run("adapt", "--out", out, *SMALL, "--resume")
     name = "adapter/adapter_model.safetensors"
@@ -76,25 +112,44 @@ def test_killed_and_resumed_is_unbroken_bit_for_bit(unbroken, tmp_path, seconds)
 
 
 def test_demo_for_people(tmp_path):
-    done = subprocess.run(command("demo", "--out", tmp_path / "demo", "--tokens", 4096), capture_output=True, text=True)
+    done = subprocess.run(
+        command("demo", "--out", tmp_path / "demo", "--tokens", 4096),
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     assert "adapted, unspliced" in done.stdout and "spliced → adapted" in done.stdout
     last = " ".join(done.stdout.split("Splicing")[-1].split())
-    assert "wins back" in last and "of that in cross-entropy (95% interval" in last and "% in KL (" in last
-    assert "training on about 4,000 tokens, which this machine does in" in done.stderr and "held-out" in done.stderr
+    assert (
+        "wins back" in last
+        and "of that in cross-entropy (95% interval" in last
+        and "% in KL (" in last
+    )
+    assert (
+        "training on about 4,000 tokens, which this machine does in" in done.stderr
+        and "held-out" in done.stderr
+    )
     told = json.loads((tmp_path / "demo" / "report.json").read_text())
     assert told["tokens"] == 4096 and told["check"]["train_tokens"] == 4096
 
 
 def test_a_demo_by_time_is_resumed_with_the_tokens_it_chose(tmp_path):
     out = tmp_path / "demo"
-    process = subprocess.Popen(command("demo", "--out", out, "--minutes", 0.05), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (out / "state.safetensors").exists() and process.poll() is None: time.sleep(0.05)
+    process = subprocess.Popen(
+        command("demo", "--out", out, "--minutes", 0.05),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (out / "state.safetensors").exists() and process.poll() is None:
+        time.sleep(0.05)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (out / "report.json").exists(), "the demo was over before it was killed"
     report = run("demo", "--out", out, "--minutes", 60, "--resume")  # it would be more tokens now
-    assert report["tokens"] == report["check"]["train_tokens"] == 8192 and report["valid_tokens"] == 32 * 255
+    assert (
+        report["tokens"] == report["check"]["train_tokens"] == 8192
+        and report["valid_tokens"] == 32 * 255
+    )
     assert 0 < report["kl_closed"] < 1 and report["changes"] == {"fuse": False}
 
 
@@ -110,11 +165,38 @@ def test_check_foretells_what_adapt_takes(unbroken):
     assert found["perplexity"] < 30 and 0 < found["gap"] < 0.3 and found["warnings"] == []
     assert abs(found["memory_bytes"] / unbroken[1]["peak_memory_bytes"] - 1) < 0.2
     done = subprocess.run(command("check", *SMALL), capture_output=True, text=True)
-    assert done.returncode == 0 and "SAE at 14" in done.stdout and "held-out tokens" in done.stdout and "GB of memory" in done.stdout
+    assert (
+        done.returncode == 0
+        and "SAE at 14" in done.stdout
+        and "held-out tokens" in done.stdout
+        and "GB of memory" in done.stdout
+    )
 
 
 def test_train_sae(tmp_path):
     from sae_lens import SAE
-    report = run("train-sae", "--out", tmp_path / "sae", "--tokens", 16384, "--text-tokens", 16384, "--valid-tokens", 2048, "--width", 256, "--k", 8, "--layer", 3)
-    assert report["tokens"] == 16384 and report["l0"] <= 8 and 0 < report["fvu"] < 1 and "TopK SAE, layer 3" in (tmp_path / "sae" / "README.md").read_text()
+
+    report = run(
+        "train-sae",
+        "--out",
+        tmp_path / "sae",
+        "--tokens",
+        16384,
+        "--text-tokens",
+        16384,
+        "--valid-tokens",
+        2048,
+        "--width",
+        256,
+        "--k",
+        8,
+        "--layer",
+        3,
+    )
+    assert (
+        report["tokens"] == 16384
+        and report["l0"] <= 8
+        and 0 < report["fvu"] < 1
+        and "TopK SAE, layer 3" in (tmp_path / "sae" / "README.md").read_text()
+    )
     assert SAE.load_from_disk(tmp_path / "sae").cfg.metadata.hook_name == "blocks.3.hook_resid_post"

@@ -1,4 +1,8 @@
-"""The site, built with smalldocs: no dead link, figures there, search finds things; in headless Chromium, where there is one, no errors."""
+"""The site, built with smalldocs: no dead link, figures there, search finds things.
+
+In headless Chromium, where there is one, no page has errors.
+"""
+
 import functools
 import http.server
 import json
@@ -13,38 +17,82 @@ import pytest
 
 pytest.importorskip("nbdev")
 pytest.importorskip("smalldocs")
-from sae_lora.experiments import build_site
+from sae_lora.files import UsageError
+from sae_lora.site import PARTS, between, build_site, chapters, parts
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+def test_chapters_are_what_their_files_say(root):
+    found = chapters()
+    assert [root / c.path for c in found] == sorted((root / "nbs").glob("[0-9]*.ipynb"))
+    for c in found:
+        assert (root / "sae_lora" / f"{c.name}.py").exists() and c.title and c.about, c
+        assert (root / c.path).stem == f"{c.number}_{c.name}"
+    assert sum(parts().values(), []) == found and all(parts().values())
+
+
+def test_a_part_begins_with_a_chapter_that_exists(monkeypatch):
+    monkeypatch.setitem(PARTS, "The end", "no_such_chapter")
+    with pytest.raises(UsageError, match="no chapter is called no_such_chapter; mend PARTS"):
+        parts()
+
+
+@pytest.mark.parametrize("text", ["", "a: begin\n", "a: begin\na: end\na: begin\na: end\n"])
+def test_a_list_stands_between_two_lines(text):
+    with pytest.raises(UsageError, match="lists of a; one, between"):
+        between(text, "a", "1")
+
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
+
+
+QUIET = (  # of Chromium: it starts nothing of its own
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync "
+    "--enable-logging=stderr"
+).split()
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     path = shutil.which
-    shutil.which = lambda name, *a, **k: None if name == "quarto" else path(name, *a, **k)  # smalldocs, whatever is installed
-    try: return build_site(tmp_path_factory.mktemp("site") / "_site")
-    finally: shutil.which = path
+    shutil.which = lambda name, *a, **k: (
+        None if name == "quarto" else path(name, *a, **k)
+    )  # smalldocs, whatever is installed
+    try:
+        return build_site(tmp_path_factory.mktemp("site") / "_site")
+    finally:
+        shutil.which = path
 
 
-def pages(site): return sorted(site.rglob("*.html"))
+def pages(site):
+    return sorted(site.rglob("*.html"))
 
 
 def test_every_page_of_the_sidebar_is_built(site, root):
-    for name in re.findall(r"- ((?:nbs|pages)/\S+)", (root / "_quarto.yml").read_text()): assert (site / Path(name).with_suffix(".html")).exists(), name
+    for name in re.findall(r"- ((?:nbs|pages)/\S+)", (root / "_quarto.yml").read_text()):
+        assert (site / Path(name).with_suffix(".html")).exists(), name
 
 
 def test_every_experiment_is_one_page(site, root):
-    for path in (root / "nbs" / "experiments").glob("*.ipynb"): assert len([p for p in pages(site) if p.stem == path.stem]) == 1, path.stem
+    for path in (root / "nbs" / "experiments").glob("*.ipynb"):
+        assert len([p for p in pages(site) if p.stem == path.stem]) == 1, path.stem
 
 
 def test_experiments_at_a_glance(site, root):
     "Every executed experiment is there with its claim, its figure and what it found."
     page = (site / "pages" / "experiments.html").read_text()
     for path in (root / "nbs" / "results").glob("*.ipynb"):
-        if not (root / "nbs" / "experiments" / path.name).exists(): continue
-        assert (site / "pages" / "figures" / f"{path.stem}.png").exists() and f"{path.stem}.png" in page and f"{path.stem}.html" in page, path.stem
-        part = page[page.index(f"{path.stem}.html\"", page.index("<main")):]
-        assert "<blockquote" in part and "<li>" in part[:part.find("<h2", 10)], path.stem
+        if not (root / "nbs" / "experiments" / path.name).exists():
+            continue
+        assert (
+            (site / "pages" / "figures" / f"{path.stem}.png").exists()
+            and f"{path.stem}.png" in page
+            and f"{path.stem}.html" in page
+        ), path.stem
+        part = page[page.index(f'{path.stem}.html"', page.index("<main")) :]
+        assert "<blockquote" in part and "<li>" in part[: part.find("<h2", 10)], path.stem
 
 
 def test_no_dead_links(site):
@@ -53,10 +101,26 @@ def test_no_dead_links(site):
     for page in pages(site):
         for link in re.findall(r'(?:href|src)="([^"]+)"', page.read_text()):
             parts = urlsplit(link.replace("&amp;", "&"))
-            if parts.scheme or parts.netloc: continue
-            target = page if not parts.path else (site / parts.path.lstrip("/") if parts.path.startswith("/") else page.parent / unquote(parts.path)).resolve()
-            if target.is_dir(): target = target / "index.html"
-            if not target.exists() or target in ids and parts.fragment and unquote(parts.fragment) not in ids[target]: dead.append((page.name, link))
+            if parts.scheme or parts.netloc:
+                continue
+            target = (
+                page
+                if not parts.path
+                else (
+                    site / parts.path.lstrip("/")
+                    if parts.path.startswith("/")
+                    else page.parent / unquote(parts.path)
+                ).resolve()
+            )
+            if target.is_dir():
+                target = target / "index.html"
+            if (
+                not target.exists()
+                or target in ids
+                and parts.fragment
+                and unquote(parts.fragment) not in ids[target]
+            ):
+                dead.append((page.name, link))
     assert not dead
 
 
@@ -64,7 +128,8 @@ def test_pages_read_well(site):
     for page in pages(site):
         text = re.sub(r"<(script|style|pre|code)\b.*?</\1>", "", page.read_text(), flags=re.S)
         assert not re.search(r"^:::|>\s*:::|\$\$|#\| ", text, re.M), page
-        for image in re.findall(r"<img\b[^>]*>", text): assert "src=" in image, (page, image)
+        for image in re.findall(r"<img\b[^>]*>", text):
+            assert "src=" in image, (page, image)
     assert 'alt="Left:' in (site / "index.html").read_text()
 
 
@@ -72,26 +137,36 @@ def test_chapters_begin_with_all_that_they_say(site, root):
     "Each is one page, and what stands below title and claim in a chapter's first cell is on it."
     for path in (root / "nbs").glob("[0-9]*.ipynb"):
         first = "".join(json.loads(path.read_text())["cells"][0]["source"]).split("\n\n")
-        page, = [p.read_text() for p in pages(site) if p.stem == path.stem]
+        (page,) = [p.read_text() for p in pages(site) if p.stem == path.stem]
         for paragraph in first[2:]:
             words = re.match(r"[\w ,]+", paragraph)
-            if words and len(words[0]) > 12: assert words[0].strip() in page, (path.name, words[0])
+            if words and len(words[0]) > 12:
+                assert words[0].strip() in page, (path.name, words[0])
 
 
 def test_pages_draw_without_a_network(site):
     "Formulas are MathML, and no page fetches a script, a style or a font from elsewhere."
-    assert "<math" in next(site.rglob("03_splice.html")).read_text()
+    assert "<math" in next(site.rglob("14_splice.html")).read_text()
     for page in pages(site):
         text = page.read_text()
-        assert 'class="math' not in text and not re.findall(r'<script[^>]*src="https?:|<link[^>]*stylesheet[^>]*href="https?:', text), page
+        assert 'class="math' not in text and not re.findall(
+            r'<script[^>]*src="https?:|<link[^>]*stylesheet[^>]*href="https?:', text
+        ), page
 
 
-def test_search_finds_splice(site): assert any("splice" in json.dumps(entry).lower() for entry in json.loads((site / "search.json").read_text()))
+def test_search_finds_splice(site):
+    assert any(
+        "splice" in json.dumps(entry).lower()
+        for entry in json.loads((site / "search.json").read_text())
+    )
 
 
 @pytest.fixture(scope="module")
 def address(site):
-    handler = functools.partial(type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None}), directory=str(site))
+    handler = functools.partial(
+        type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None}),
+        directory=str(site),
+    )
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -105,8 +180,24 @@ def test_in_a_browser(site, address, root, tmp_path, size):
     shots.mkdir(exist_ok=True)
     for page in pages(site):
         name = page.relative_to(site)
-        done = subprocess.run([CHROMIUM, *"--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync --enable-logging=stderr".split(),
-                               f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={size}", "--virtual-time-budget=4000", f"--screenshot={shots / '-'.join([*name.with_suffix('').parts, size.split(',')[0]])}.png",
-                               f"{address}/{name}"], capture_output=True, text=True, timeout=120)
-        errors = [l for l in done.stderr.splitlines() if "CONSOLE" in l and re.search(r"Uncaught|Failed|Error", l)]
+        shot = "-".join([*name.with_suffix("").parts, size.split(",")[0]])
+        done = subprocess.run(
+            [
+                CHROMIUM,
+                *QUIET,
+                f"--user-data-dir={tmp_path / 'profile'}",
+                f"--window-size={size}",
+                "--virtual-time-budget=4000",
+                f"--screenshot={shots / shot}.png",
+                f"{address}/{name}",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        errors = [
+            l
+            for l in done.stderr.splitlines()
+            if "CONSOLE" in l and re.search(r"Uncaught|Failed|Error", l)
+        ]
         assert not errors, (name, errors)

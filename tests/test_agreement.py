@@ -1,0 +1,102 @@
+"""How far two models' latents agree, and the cards that show them side by side."""
+
+import json
+import math
+
+import torch
+from conftest import random_sae, tiny
+
+from sae_lora import agreement as agreement_module
+from sae_lora.agreement import agreement
+from sae_lora.cards import cards_page, latent_cards
+from sae_lora.hidden import hidden
+from sae_lora.latents import latents_in_model
+from sae_lora.lora import without_lora
+from sae_lora.splice import splice
+
+IDS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
+BATCH = {"input_ids": IDS}
+
+
+def test_agreement_is_jaccard(monkeypatch):
+    "Two models whose latents are set by hand: 1 of 3, then 2 of 2, then none in either."
+    lm, sae = tiny("llama"), random_sae(d_sae=64)
+    a, b = torch.zeros(2, 12, 64), torch.zeros(2, 12, 64)
+    a[0, 1, [0, 1]] = b[0, 1, [1, 2]] = 1.0
+    a[1, 5, [4, 5]] = b[1, 5, [4, 5]] = 1.0
+    monkeypatch.setattr(
+        agreement_module,
+        "latents_in_model",
+        lambda lm, saes, layer, rows, model, keep: (
+            {"base": a, "spliced": b}[model],
+            torch.ones(2, 12, dtype=torch.bool),
+        ),
+    )
+    got = agreement(lm, {1: sae}, IDS, compare=("base", "spliced"), top=1)[1]
+    assert (
+        math.isclose(got["jaccard"], (1 / 3 + 1) / 2)
+        and got["latents"] == 3
+        and got["top_overlap"] == 1
+        and got["positions"] == 24
+    )
+
+
+@torch.no_grad()
+def test_an_earlier_splice_moves_what_a_later_sae_sees():
+    lm, saes = tiny("llama"), {0: random_sae(), 2: random_sae(seed=1)}
+    got = agreement(lm, saes, IDS, compare=("base", "spliced"))
+    assert got[0]["jaccard"] == 1 and got[2]["jaccard"] < 1
+    with splice(lm, {0: saes[0]}):
+        h = hidden(lm, BATCH, 2)
+    seen, real = latents_in_model(lm, saes, 2, IDS, "spliced", "special")
+    torch.testing.assert_close(
+        seen[:, 1:], (saes[2].encode(h) * real[..., None])[:, 1:], rtol=1e-4, atol=1e-4
+    )
+
+
+def test_cards_are_json_and_show_both_models(adapted):
+    lm, tok, saes, blocks = adapted
+    with without_lora(lm), torch.no_grad():
+        f = saes[14].encode(hidden(lm, {"input_ids": blocks.valid[:4]}, 14)[:, 1:])
+    latent = int((f > 0).float().mean((0, 1)).argmax())
+    (card,) = json.loads(
+        json.dumps(latent_cards(lm, tok, saes, {14: [latent]}, blocks.valid[:4], n=2))
+    )
+    assert (
+        card["rate"]["base"] == card["rate"]["adapted"] > 0 and card["top_overlap"] == 1
+    )  # the adapter is after the SAE
+    assert (
+        len(card["passages"]) == 2
+        and card["passages"][0]["base"] == card["passages"][0]["adapted"]
+        and max(card["passages"][0]["base"]) > 0
+    )
+    assert (
+        max(card["passages"][0]["base"]) >= max(card["passages"][1]["base"])
+        and len(card["promotes"]) == 8
+    )
+
+
+def test_a_page_of_cards_is_searchable_and_escapes_what_it_shows():
+    card = dict(
+        layer=1,
+        latent=7,
+        rate=dict(base=0.01, adapted=0.02),
+        top_overlap=0.5,
+        promotes=["<b>", " x"],
+        suppresses=["y"],
+        passages=[
+            dict(tokens=["<i>", "a\n"], base=[2.0, 0.0], adapted=[1.0, 0.0]),
+            dict(tokens=["same"], base=[1.0], adapted=[1.0]),
+        ],
+    )
+    page = cards_page([card, card | dict(latent=8)])
+    assert (
+        page.count("<details>") == 2
+        and 'type="search"' in page
+        and "&lt;i&gt;" in page
+        and "<i>" not in page
+        and "<b>" not in page.replace("<b>latent", "")
+    )
+    assert (
+        page.count("<small>adapted") == 2 and "a⏎" in page
+    )  # one line of the two differs, on each card

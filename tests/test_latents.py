@@ -1,0 +1,65 @@
+"""Latents of an SAE in a model: where they are active, what they promote, which are chosen."""
+
+import types
+
+import pytest
+import torch
+from conftest import random_sae, tiny
+
+from sae_lora.files import UsageError
+from sae_lora.latents import decoder, latents_at, passages, promotes, some_latents
+from sae_lora.lm import stack
+
+
+def test_passages_are_windows_about_peaks():
+    acts = torch.zeros(4, 9)
+    acts[0, 0] = 1.0
+    acts[2, 8] = 3.0
+    acts[3, 4] = 2.0
+    assert passages(acts, 5, 4) == [(2, 5, 9), (3, 2, 6), (0, 0, 4)] and passages(acts, 1, 100) == [
+        (2, 0, 9)
+    ]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "gpt2", "gpt_neox", "bloom"])
+@torch.no_grad()
+def test_what_a_latent_promotes_goes_through_the_final_norm(name):
+    lm, sae = tiny(name), random_sae()
+    norm = [
+        m
+        for m in stack(lm).children()
+        if getattr(m, "weight", None) is not None and m.weight.dim() == 1
+    ][-1]
+    norm.weight.normal_()
+    gain = norm.weight + 1 if name == "gemma" else norm.weight
+    tok = types.SimpleNamespace(batch_decode=lambda ids: ids[:, 0].tolist())
+    z = lm.get_output_embeddings().weight @ (sae.W_dec[3] * gain)
+    assert promotes(lm, tok, sae, [3], n=5)[0]["promotes"] == z.topk(5).indices.tolist()
+
+
+def test_latents_can_be_removed_where_the_output_is_a_sum(clean):
+    sae = clean[2][14]
+    x = torch.randn(5, 576)
+    f = sae.encode(x)
+    torch.testing.assert_close(f @ decoder(sae) + sae.b_dec, sae.decode(f), rtol=1e-4, atol=1e-4)
+    scaled = random_sae(rescale_acts_by_decoder_norm=True)
+    f = scaled.encode(torch.randn(5, 32))
+    torch.testing.assert_close(
+        f @ decoder(scaled) + scaled.b_dec, scaled.decode(f), rtol=1e-4, atol=1e-4
+    )
+    with pytest.raises(UsageError, match="layer_norm"):
+        decoder(random_sae(normalize_activations="layer_norm"))
+
+
+def test_some_latents_lie_between_the_rates():
+    lm, sae = tiny("llama"), random_sae()
+    rows = torch.randint(3, 97, (6, 16), generator=torch.Generator().manual_seed(0))
+    chosen = some_latents(lm, sae, 1, rows, 4, low=0.02, high=0.3)
+    rate = (latents_at(lm, sae, 1, rows)[1] > 0).sum((0, 1)) / (6 * 15)
+    assert (
+        len(set(chosen)) == 4
+        and all(0.02 <= rate[i] <= 0.3 for i in chosen)
+        and rate[chosen[0]] <= rate[chosen[-1]]
+    )
+    with pytest.raises(UsageError, match="latents fire at between"):
+        some_latents(lm, sae, 1, rows, 10_000, low=0.02, high=0.3)

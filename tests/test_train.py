@@ -1,0 +1,161 @@
+"""Training: side by side as alone, from the cache as computed, several processes as one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import random_sae, tiny
+from worlds import ROWS, RUN, trained
+
+from sae_lora.files import UsageError
+from sae_lora.lora import add_lora
+from sae_lora.metrics import fidelities, fidelity
+from sae_lora.train import LONG, fit_lora, fit_loras, fuses
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_adapters_trained_side_by_side_end_as_if_alone(architecture):
+    lm, saes = tiny(architecture), {1: random_sae()}
+    ranks, alone = (1, 3, 4), {}
+    for r in ranks:
+        add_lora(lm, saes, rank=r)
+        fit_lora(lm, saes, ROWS, **RUN)
+        alone[r] = trained(lm), fidelity(lm, saes, ROWS)
+        lm.delete_adapter("default")
+    for r in ranks:
+        add_lora(lm, saes, rank=r, name=f"r{r}")
+    curves = fit_loras(lm, {f"r{r}": saes for r in ranks}, ROWS, **RUN)
+    measured = fidelities(lm, saes, ROWS, [f"r{r}" for r in ranks])
+    for r in ranks:
+        together = trained(lm, f"r{r}")
+        assert together.keys() == alone[r][0].keys() and any(
+            p.abs().sum() > 0 for n, p in together.items() if "lora_B" in n
+        )
+        for n, p in together.items():
+            assert torch.equal(p, alone[r][0][n]), n
+        assert measured[f"r{r}"] == alone[r][1]
+    assert len({c[-1]["loss"] for c in curves.values()}) == len(ranks)
+
+
+def test_adapters_for_several_saes_of_one_layer_side_by_side():
+    lm, alone = tiny("llama"), {}
+    saes = {f"s{i}": {1: random_sae(seed=i)} for i in range(2)}
+    for name, own in saes.items():
+        add_lora(lm, own, rank=2)
+        fit_lora(lm, own, ROWS, **RUN)
+        alone[name] = trained(lm)
+        lm.delete_adapter("default")
+    for name, own in saes.items():
+        add_lora(lm, own, rank=2, name=name)
+    fit_loras(lm, saes, ROWS, **RUN)
+    for name in saes:
+        for n, p in trained(lm, name).items():
+            assert torch.equal(p, alone[name][n]), n
+
+
+def test_an_adapter_that_is_not_there_is_named():
+    lm, saes = tiny("llama"), {1: random_sae()}
+    add_lora(lm, saes, rank=2)
+    with pytest.raises(UsageError, match="'other'"):
+        fit_loras(lm, {"default": saes, "other": saes}, ROWS)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "gpt2"])
+def test_prefix_and_teacher_from_the_cache_are_the_computed_ones(
+    architecture, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("SAE_LORA_CACHE", str(tmp_path))
+    lm, saes = tiny(architecture), {1: random_sae()}
+    ends = []
+    # The second run fills the cache, the third finds it full; two epochs, two adapters at once.
+    for cached in (False, True, True):
+        for r in (2, 3):
+            add_lora(lm, saes, rank=r, name=f"r{r}")
+        fit_loras(
+            lm,
+            {f"r{r}": saes for r in (2, 3)},
+            ROWS,
+            **RUN | dict(tokens=2 * ROWS.numel()),
+            cached=cached,
+        )
+        ends.append([trained(lm, f"r{r}") for r in (2, 3)])
+        for r in (2, 3):
+            lm.delete_adapter(f"r{r}")
+    assert len([*tmp_path.rglob("*.both")]) == 1
+    for a, b, c in zip(*ends):
+        for n in a:
+            torch.testing.assert_close(a[n], b[n], rtol=1e-3, atol=1e-4)
+            assert torch.equal(b[n], c[n]), n
+    add_lora(lm, saes, rank=2)
+    with pytest.raises(UsageError, match="cached=True"):
+        fit_lora(lm, saes, ROWS, 64, "published", cached=True)
+
+
+TWO = """
+import json, sys
+sys.path.insert(0, {tests!r})
+from conftest import random_sae, tiny
+from worlds import ROWS
+from sae_lora.lm import decoder_blocks, shard
+from sae_lora.lora import add_lora, lora_parameters
+from sae_lora.processes import leads, processes
+from sae_lora.train import fit_lora
+rows = ROWS.clone()
+if {padded}:
+    rows[::3, 9:] = -1
+lm, saes = tiny("llama"), {{1: random_sae()}}
+whole = sum(p.numel() for p in decoder_blocks(lm).parameters())
+if {spread}:
+    shard(lm)
+    assert sum(p.to_local().numel() for p in decoder_blocks(lm).parameters()) < 0.6 * whole
+add_lora(lm, saes, rank=2)
+curve = fit_lora(lm, saes, rows, tokens=16 * 16, batch=4, precision="fp32")
+if leads():
+    number = processes().num_processes if processes() else 1
+    adapter = {{n: p.tolist() for n, p in lora_parameters(lm).items() if "lora_B" in n}}
+    print(json.dumps([number, [r["loss"] for r in curve], adapter]))
+"""
+
+
+@pytest.mark.parametrize(("padded", "spread"), [(False, False), (True, False), (False, True)])
+def test_two_processes_train_as_one(tmp_path, padded, spread):
+    script = tmp_path / "train.py"
+
+    def losses_of(*launcher):
+        script.write_text(
+            TWO.format(
+                tests=str(Path(__file__).parent), padded=padded, spread=spread and bool(launcher)
+            )
+        )
+        done = subprocess.run(
+            [sys.executable, *launcher, str(script)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return json.loads(done.stdout.strip().splitlines()[-1])
+
+    (n, one, adapter), (m, two, twin) = (
+        losses_of(),
+        losses_of("-m", "torch.distributed.run", "--nproc_per_node", "2"),
+    )
+    assert (n, m) == (1, 2)
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=0, atol=1e-5)
+    for n, p in adapter.items():
+        torch.testing.assert_close(torch.tensor(p), torch.tensor(twin[n]), rtol=1e-3, atol=1e-4)
+
+
+def test_which_runs_have_fused_kernels():
+    lm = tiny("llama")
+    long = LONG["cpu"]
+    assert (
+        fuses(lm, long)
+        and not fuses(lm, long - 1)
+        and not fuses(lm, long, dict(recipe="published"))
+    )
+    assert fuses(lm, 1, dict(fuse=True)) and not fuses(lm, long, dict(fuse=False))
