@@ -14,7 +14,7 @@ from sae_lora import devices
 from sae_lora import lm as module
 from sae_lora.devices import default_device
 from sae_lora.files import UsageError
-from sae_lora.hidden import hidden
+from sae_lora.hidden import _Reached, hidden
 from sae_lora.lm import device_of, head, load_lm, on_device
 
 IDS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -110,7 +110,7 @@ def test_rows_may_lie_elsewhere():
     lm, batch = tiny("llama").to("meta"), {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 
     def entered(module_, args, kwargs):
-        raise module._Reached(kwargs["attention_mask"])
+        raise _Reached(kwargs["attention_mask"])
 
     lm.register_forward_pre_hook(entered, with_kwargs=True)
     assert device_of(lm).type == "meta" and {
