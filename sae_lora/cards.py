@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .latents import latents_in_model, passages, promotes
 from .splice import check_saes
+from .text import token_ids
 
 # %% ../nbs/32_cards.ipynb #07b3071c
 def _activations(
@@ -73,7 +74,7 @@ def latent_cards(
     `rate` and `top_overlap` in two of the four models, what the latent `promotes` and `suppresses`,
     and its `n` `passages`: their `tokens` and, for both models, the activation at each."""
     saes, cards = check_saes(lm, saes), []
-    ids = (rows if rows.dim() == 2 else rows[:, 0]).cpu()
+    ids = token_ids(rows).cpu()
     for layer, own in latents.items():
         both, counts = _in_both(lm, saes, layer, own, rows, compare)
         for i, by_head in enumerate(promotes(lm, tok, saes[layer], own)):

@@ -26,7 +26,7 @@ from .metrics import fidelities, sparsity
 from .processes import processes
 from .recipes import RECIPES
 from .results import Results, key, project, rows_path
-from .sae import fingerprint, hook_name, layer_of, load_sae, save_sae
+from .sae import fingerprint, hook_name, hook_point, layer_of, load_sae, save_sae
 from .splice import check_saes
 from .states import harvest
 from .text import token_blocks
@@ -58,7 +58,7 @@ def _made_of(lm, blocks, layer: int, width: int, k: int, tokens: int, seed: int 
 def _train_sae(lm, blocks, p: dict, folder: Path):
     "Train the SAE that `p` describes into `folder`; a row in `saes.jsonl` says how it went."
     x = harvest(lm, blocks.train, p["layer"], cached=True)
-    about = dict(model_name=lm.name_or_path, hook_name=f"blocks.{p['layer']}.hook_resid_post")
+    about = dict(model_name=lm.name_or_path, hook_name=hook_point(p["layer"]))
     sae, curve = fit_sae(
         x,
         p["tokens"],

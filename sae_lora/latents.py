@@ -16,7 +16,7 @@ from .lm import decoder_blocks, head, on_device, stack
 from .models import MODELS, as_model
 from .sae import PIECE
 from .splice import at_home, replaceable
-from .text import model_inputs
+from .text import model_inputs, token_ids
 
 # %% ../nbs/30_latents.ipynb #90dbd997
 def _counts(lm, inputs: dict, keep: str) -> Tensor:
@@ -100,7 +100,7 @@ def passages(activations: Tensor, n: int = 20, window: int = 32) -> list[tuple[i
 # %% ../nbs/30_latents.ipynb #27bb44d6
 def passage_texts(tok, rows: Tensor, found: list[tuple[int, int, int]]) -> list[str]:
     "The text of passages `(row, start, stop)` of token rows, without special tokens and padding."
-    ids = rows if rows.dim() == 2 else rows[:, 0]
+    ids = token_ids(rows)
     spans = [ids[row, start:stop] for row, start, stop in found]
     return [tok.decode(span[span >= 0].tolist(), skip_special_tokens=True) for span in spans]
 

@@ -15,8 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .files import UsageError, in_range
-from .lm import decoder_blocks as blocks_of
-from .lm import linears
+from .lm import decoder_blocks, linears
 from .splice import check_saes
 
 # %% ../nbs/15_lora.ipynb #a18ba00e
@@ -47,7 +46,7 @@ def _chosen(lm, layers, saes: dict | None) -> list[int]:
             'layers="after" needs saes, to know after which layer; '
             'give saes, "all", or a list of layers'
         )
-    n, first = len(blocks_of(lm)), min(check_saes(lm, saes)) if saes else -1
+    n, first = len(decoder_blocks(lm)), min(check_saes(lm, saes)) if saes else -1
     chosen = _meant(layers, first, n)
     wrong = [i for i in chosen if not 0 <= i < n]
     if wrong:
@@ -72,7 +71,7 @@ def lora_parameters(lm, adapter: str | None = None) -> dict[str, nn.Parameter]:
 def lora_layers(lm) -> list[int]:
     "The decoder blocks that carry an adapter."
     found = []
-    for i, block in enumerate(blocks_of(lm)):
+    for i, block in enumerate(decoder_blocks(lm)):
         if any("lora_" in name for name, _ in block.named_parameters()):
             found.append(i)
     return found

@@ -7,41 +7,32 @@ __all__ = ['LIBRARIES', 'labelled', 'pooled', 'split_by_class', 'balanced', 'fit
 
 # %% ../nbs/35_probing.ipynb #e3938367
 import csv
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .corpora import docstrings
+from .corpora import package_docstrings
 from .files import UsageError
 from .latents import latents_at
 from .metrics import bootstrap
 from .text import text_rows
 
-# %% ../nbs/35_probing.ipynb #e22ef562
-def _files(package: str) -> list[Path]:
-    "The Python files of an installed package, those with short names first."
-    spec = find_spec(package)
-    if spec is None:
-        raise UsageError(f"library {package!r} is not installed")
-    found = Path(spec.submodule_search_locations[0]).rglob("*.py")
-    return sorted(found, key=lambda path: (len(path.stem), path.stem))
-
 # %% ../nbs/35_probing.ipynb #ae23528d
+def _short_first(path: Path) -> tuple[int, str]:
+    "Files in the order of the length of their names."
+    return len(path.stem), path.stem
+
+
 def _library(package: str, n: int) -> list[str]:
     "The first `n` docstrings of a package that do not name it, at most three of each file."
     out = []
-    for path in _files(package):
-        try:
-            docs = list(docstrings(path.read_text(encoding="utf-8")))
-        except (SyntaxError, ValueError):
-            continue  # a template, or Python of another version
+    for docs in package_docstrings(package, key=_short_first):
         out += [d for d in docs[:3] if package not in d.lower()]
         if len(out) >= n:
-            return out[:n]
-    return out
+            break
+    return out[:n]
 
 # %% ../nbs/35_probing.ipynb #f672c6f5
 def _from_csv(file, n: int) -> dict[str, list[str]]:

@@ -12,11 +12,10 @@ from torch import Tensor
 
 from .devices import memory_of
 from .files import STATE, UsageError, cache_path, in_range, room, written
-from .lm import decoder_blocks as blocks_of
-from .lm import device_of, load_lm
+from .lm import decoder_blocks, device_of, load_lm
 from .metrics import fidelity, sparsity
 from .report import longest_row, run_folder, write_report
-from .sae import save_sae
+from .sae import hook_point, save_sae
 from .states import harvest
 from .text import Blocks, token_blocks
 from .train_sae import fit_sae
@@ -68,7 +67,7 @@ def measure_sae(lm, sae, layer: int, rows: Tensor) -> dict:
 # %% ../nbs/50_sae_run.ipynb #987bca4c
 def _check_layer(lm, layer: int, model):
     "Raise `UsageError` unless `model` has a block `layer`."
-    n = len(blocks_of(lm))
+    n = len(decoder_blocks(lm))
     if not 0 <= layer < n:
         raise UsageError(f"layer {layer} does not exist; {model} has layers 0 to {n - 1}")
 
@@ -140,7 +139,7 @@ def run_train_sae(  # noqa: PLR0913, the options of a command
         lm, tok = load_lm(model, device=device)
         _check_layer(lm, layer, model)
         _check_room(lm, out, width, text_tokens)
-        length, hook = min(256, longest_row(lm)), f"blocks.{layer}.hook_resid_post"
+        length, hook = min(256, longest_row(lm)), hook_point(layer)
         blocks = token_blocks(text, tok, length, text_tokens, valid_tokens)
         r = dict(model=model, text=text, layer=layer, hook=hook, width=width, k=k, seed=seed)
         sae, done = _train(lm, blocks, r, tokens, lr, batch, out / STATE)

@@ -19,6 +19,7 @@ from .devices import default_device
 from .files import RATES, SEEDS, check_names, in_range
 from .loop import Descent, Watch, loop, order
 from .metrics import usual
+from .sae import hook_point
 from .splice import at_home
 from .states import harvest
 from .variants import finetune_sae, set_trainable
@@ -176,7 +177,7 @@ def untrained_sae(lm, layer: int, rows: Tensor, width: int = 4608, k: int = 32, 
     """A TopK SAE with random weights for `lm` at `layer`, on the device of `lm`.
 
     Its scale and its decoder bias are those of the hidden states of a few of the `rows`."""
-    about = dict(hook_name=f"blocks.{layer}.hook_resid_post", model_name=lm.name_or_path)
+    about = dict(hook_name=hook_point(layer), model_name=lm.name_or_path)
     sae, factor = new_sae(harvest(lm, rows[:64], layer), width, k, seed, **about)
     return at_home(lm, unscaled(sae, factor), layer)
 

@@ -184,3 +184,11 @@ def random_sae(
             else torch.randn_like(p) * (0.3 if p.dim() > 1 else 0.05)
         )
     return sae.eval().requires_grad_(False)
+
+
+@pytest.fixture
+def setting(monkeypatch, tmp_path):
+    "A tiny model, an SAE, rows; and a cache of their own."
+    monkeypatch.setenv("SAE_LORA_CACHE", str(tmp_path))
+    rows = torch.randint(3, 97, (8, 16), generator=torch.Generator().manual_seed(0))
+    return tiny("llama"), {1: random_sae()}, rows

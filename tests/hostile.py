@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from conftest import SMALL
+
 HERE = Path(__file__).parent
 LINE = 300  # characters that a mistake may take
 SECONDS = 15.0  # of the processor that a command may take here
@@ -164,18 +166,7 @@ def changes(before: dict, after: dict) -> dict[str, str]:
 
 # The world.
 
-MODEL = dict(
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=97,
-    max_position_embeddings=512,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+MODEL = SMALL | dict(max_position_embeddings=512)
 BUDGET = ("--length", 16, "--rank", 2, "--tokens", 160, "--valid-tokens", 256)
 LONGER = ("--length", 16, "--rank", 2, "--tokens", 3200, "--valid-tokens", 256)
 LONGER_SAE = ("--tokens", 131_072)

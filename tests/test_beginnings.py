@@ -9,7 +9,7 @@ import random
 import pytest
 import torch
 from conftest import CONFIGS, random_sae, tiny
-from worlds import BOS, EOS, TWO, texts, tokenizer
+from worlds import BOS, EOS, FAMILIES, TWO, texts, tokenizer
 
 from sae_lora.files import UsageError
 from sae_lora.hidden import hidden
@@ -17,21 +17,6 @@ from sae_lora.lm import decoder_blocks, load_lm, special_ids
 from sae_lora.metrics import fidelity
 from sae_lora.splice import splice
 from sae_lora.text import beginning, model_inputs, separator, targets, text_rows, token_blocks
-
-FAMILIES = [
-    "gemma2",
-    "gemma3",
-    "llama",
-    "qwen2",
-    "qwen3",
-    "mistral",
-    "phi",
-    "olmo",
-    "gpt2",
-    "gpt_neox",
-    "opt",
-]
-
 
 ADDS = {
     "bos": ("<bos> $A", [BOS]),

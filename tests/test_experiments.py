@@ -5,7 +5,7 @@ Adapters come off again and are recalled exactly; data are where they are said t
 
 import pytest
 import torch
-from conftest import random_sae, tiny
+from conftest import tiny
 
 from sae_lora.experiments import benchmarks, cacheable, saes_at, with_adapters
 from sae_lora.files import UsageError, cache_path
@@ -13,14 +13,6 @@ from sae_lora.lora import lora_parameters
 from sae_lora.notebooks import experiments, run_experiment
 
 RUN = dict(rank=2, layers="after", tokens=64, recipe="fast", seed=0)
-
-
-@pytest.fixture
-def setting(monkeypatch, tmp_path):
-    "A tiny model, an SAE, rows; and a cache of their own."
-    monkeypatch.setenv("SAE_LORA_CACHE", str(tmp_path))
-    rows = torch.randint(3, 97, (8, 16), generator=torch.Generator().manual_seed(0))
-    return tiny("llama"), {1: random_sae()}, rows
 
 
 def weights(lm) -> torch.Tensor:

@@ -2,19 +2,10 @@
 
 import pytest
 import torch
-from conftest import random_sae, tiny
 
 from sae_lora.ways import WAYS, by_way, jaccard, layers_of_way, losses_of
 
 RUN = dict(rank=2, near=1, tokens=64, seed=0, keep_unspliced=0.0)
-
-
-@pytest.fixture
-def setting(monkeypatch, tmp_path):
-    "A tiny model, an SAE, rows; and a cache of their own."
-    monkeypatch.setenv("SAE_LORA_CACHE", str(tmp_path))
-    rows = torch.randint(3, 97, (8, 16), generator=torch.Generator().manual_seed(0))
-    return tiny("llama"), {1: random_sae()}, rows
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -12,6 +12,20 @@ from transformers import PreTrainedTokenizerFast
 
 from sae_lora.lora import lora_parameters
 
+FAMILIES = [
+    "gemma2",
+    "gemma3",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "mistral",
+    "phi",
+    "olmo",
+    "gpt2",
+    "gpt_neox",
+    "opt",
+]
+
 PAD = 0
 BOS = 1
 EOS = 2
