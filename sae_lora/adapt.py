@@ -19,7 +19,8 @@ from .lora import add_lora
 from .processes import leads, processes
 from .recipes import check_budget, recipe_of
 from .report import check_length, held_out, report, run_folder, write_report
-from .sae import hook_name, layer_of, load_sae
+from .sae import load_sae
+from .sites import hook_name, layer_of
 from .splice import check_fit, check_saes
 from .text import Blocks, model_inputs, token_blocks
 from .train import fit_lora, fuses

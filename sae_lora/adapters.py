@@ -28,7 +28,8 @@ from .hub import asking, why
 from .lm import load_lm, special_ids
 from .lora import lora_parameters
 from .model_card import model_card
-from .sae import fingerprint, hook_name, layer_of, load_sae, save_sae
+from .sae import fingerprint, load_sae, save_sae
+from .sites import hook_name, layer_of
 from .splice import KEEP, check_saes, splice
 
 # %% ../nbs/17_adapters.ipynb #efb17575

@@ -26,7 +26,8 @@ from .metrics import fidelities, sparsity
 from .processes import processes
 from .recipes import RECIPES
 from .results import Results, key, project, rows_path
-from .sae import fingerprint, hook_name, hook_point, layer_of, load_sae, save_sae
+from .sae import fingerprint, load_sae, save_sae
+from .sites import hook_name, hook_point, layer_of
 from .splice import check_saes
 from .states import harvest
 from .text import token_blocks

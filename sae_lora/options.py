@@ -137,7 +137,7 @@ def _placed(spec: str) -> tuple[str, str]:
 # %% ../nbs/54_options.ipynb #d8de5faf
 def _own_layer(sae, spec: str) -> int:
     "The layer that `sae` itself says it belongs to; `spec` is what the user gave."
-    from sae_lora.sae import hook_name, layer_of
+    from sae_lora.sites import hook_name, layer_of
 
     where = hook_name(sae)
     if not where:
@@ -147,7 +147,8 @@ def _own_layer(sae, spec: str) -> int:
 # %% ../nbs/54_options.ipynb #85014870
 def parse_saes(specs: list[str]) -> dict:
     "SAEs by layer from `SPEC` or `LAYER=SPEC`. Raises `UsageError` for no layer, or one twice."
-    from sae_lora.sae import layer_of, load_sae
+    from sae_lora.sae import load_sae
+    from sae_lora.sites import layer_of
 
     saes = {}
     for spec in specs:

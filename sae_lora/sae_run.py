@@ -15,7 +15,8 @@ from .files import STATE, UsageError, cache_path, in_range, room, written
 from .lm import decoder_blocks, device_of, load_lm
 from .metrics import fidelity, sparsity
 from .report import longest_row, run_folder, write_report
-from .sae import hook_point, save_sae
+from .sae import save_sae
+from .sites import hook_point
 from .states import harvest
 from .text import Blocks, token_blocks
 from .train_sae import fit_sae

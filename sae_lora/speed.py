@@ -30,7 +30,8 @@ from .lora import add_lora
 from .loss import kl_loss
 from .metrics import fidelity, held_out_loss
 from .recipes import RECIPES
-from .sae import hook_name, load_sae
+from .sae import load_sae
+from .sites import hook_name
 from .splice import splice
 from .states import harvest
 from .text import model_inputs, token_blocks

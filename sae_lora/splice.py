@@ -17,7 +17,8 @@ from torch import Tensor
 from .files import UsageError
 from .hidden import hidden
 from .lm import decoder_blocks, on_device, special_ids, stack
-from .sae import hook_name, layer_of, reconstruct
+from .sae import reconstruct
+from .sites import hook_name, layer_of
 
 # %% ../nbs/14_splice.ipynb #f2d1f317
 def _first_or_padding(attention_mask: Tensor, past: int, length: int) -> Tensor:

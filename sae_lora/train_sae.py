@@ -19,7 +19,7 @@ from .devices import default_device
 from .files import RATES, SEEDS, check_names, in_range
 from .loop import Descent, Watch, loop, order
 from .metrics import usual
-from .sae import hook_point
+from .sites import hook_point
 from .splice import at_home
 from .states import harvest
 from .variants import finetune_sae, set_trainable

@@ -40,7 +40,7 @@ NO_TENSORS = {
     "plots.*": "tables in, figures out",
     "results.*": "rows of numbers in a file",
     "text.excerpts": "text",
-    "sae.hook_point": "a name",
+    "sites.hook_point": "a name",
     "probing.labelled": "text",
     "adapt.budget": "arithmetic",
     "check.tokens_in": "arithmetic",
