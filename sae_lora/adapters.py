@@ -21,6 +21,7 @@ from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 from typing_extensions import NotRequired, TypedDict
 
+from .anatomy import canonical
 from .checked import Count, Finite, mistake, no_file, read_json, read_tensors, said
 from .embedded import quietly
 from .files import UsageError, written
@@ -29,15 +30,16 @@ from .lm import load_lm, special_ids
 from .lora import lora_parameters
 from .model_card import model_card
 from .sae import fingerprint, load_sae, save_sae
-from .sites import hook_name, layer_of
+from .sites import hook_name, hook_point, in_words, replaced_name, site_of
 from .splice import KEEP, check_saes, splice
 
 # %% ../nbs/17_adapters.ipynb #efb17575
-def _sae_entry(layer: int, sae) -> dict:
+def _sae_entry(site, sae) -> dict:
     "What `sae_lora.json` says of an SAE."
     cfg = sae.cfg
     return dict(
-        layer=layer,
+        layer=site if isinstance(site, int) else site.layer,
+        site=hook_point(site),
         source=cfg.metadata.source or "memory",
         fingerprint=fingerprint(sae),
         hook_name=hook_name(sae),
@@ -49,21 +51,28 @@ def _sae_entry(layer: int, sae) -> dict:
 # %% ../nbs/17_adapters.ipynb #92edc1df
 def _describe(lm, saes: dict, keep: str, metrics: dict) -> dict:
     "What `sae_lora.json` says."
+    saes = check_saes(lm, saes)
     return dict(
         model=lm.name_or_path,
-        saes=[_sae_entry(layer, sae) for layer, sae in sorted(check_saes(lm, saes).items())],
+        saes=[_sae_entry(site, saes[site]) for site in sorted(saes)],
         positions=dict(keep=keep, special_ids=special_ids(lm)),
         metrics=metrics,
         versions={p: version(p) for p in ("torch", "transformers", "peft")},
     )
+
+# %% ../nbs/17_adapters.ipynb #899f73e8
+def _at(entry: dict):
+    "The site of an SAE by its entry; one of version 0.1.0 has but a layer."
+    return site_of(entry.get("site", entry["layer"]))
 
 # %% ../nbs/17_adapters.ipynb #f7791489
 def _save_saes(entries: list[dict], saes: dict, folder: Path):
     "Save the SAEs that are nowhere else for a reader; their entries then name them in `folder`."
     for entry in entries:
         if entry["source"] == "memory" or Path(entry["source"]).exists():
-            name = f"sae-{entry['layer']}"
-            save_sae(saes[entry["layer"]], folder / name)
+            site = _at(entry)
+            name = "-".join(["sae", *re.findall(r"\w+", str(site).removeprefix("blocks"))])
+            save_sae(saes[site], folder / name)
             entry["source"] = name
 
 # %% ../nbs/17_adapters.ipynb #90a3a9dc
@@ -113,20 +122,38 @@ def _folder(source) -> Path:
 
 # %% ../nbs/17_adapters.ipynb #77a1275a
 _Entry = TypedDict(
-    "_Entry", {"layer": Annotated[int, Ge(-1), Lt(10**6)], "source": str, "fingerprint": str}
+    "_Entry",
+    {
+        "layer": Annotated[int, Ge(-1), Lt(10**6)],
+        "site": NotRequired[str],
+        "source": str,
+        "fingerprint": str,
+    },
 )
 _Positions = TypedDict("_Positions", {"keep": Literal[KEEP]})
 _About = TypedDict(
     "_About", {"model": str, "saes": Annotated[list[_Entry], MinLen(1)], "positions": _Positions}
 )
 
+# %% ../nbs/17_adapters.ipynb #c0fdb17c
+def _site_in(where: Path, entry: dict):
+    "The site of an entry of the file `where`. Raises where it is none, or of another layer."
+    try:
+        site = _at(entry)
+    except UsageError as e:
+        raise mistake(where, said(e, 120), _MEND) from None
+    if entry["layer"] not in (site, getattr(site, "layer", None)):
+        raise mistake(where, f"an SAE at {in_words(site)} has layer {entry['layer']}", _MEND)
+    return site
+
 # %% ../nbs/17_adapters.ipynb #a4ada809
 def _about(folder: Path) -> dict:
     "What `sae_lora.json` in `folder` says."
-    about = read_json(folder / "sae_lora.json", _About, _MEND)
-    layers = [entry["layer"] for entry in about["saes"]]
-    if len(set(layers)) < len(layers):
-        raise mistake(folder / "sae_lora.json", "two SAEs are at one layer", _MEND)
+    where = folder / "sae_lora.json"
+    about = read_json(where, _About, _MEND)
+    sites = [_site_in(where, entry) for entry in about["saes"]]
+    if len(set(sites)) < len(sites):
+        raise mistake(where, "two SAEs are at one site", _MEND)
     return about
 
 # %% ../nbs/17_adapters.ipynb #d567caf7
@@ -143,33 +170,33 @@ def _source(folder: Path, source: str) -> str | Path:
 
 # %% ../nbs/17_adapters.ipynb #61b55947
 def _check_weights(entry: dict, saes: dict):
-    "Raise `UsageError` unless `saes` has the SAE of an entry, at its layer."
-    layer = entry["layer"]
-    has = fingerprint(saes[layer]) if layer in saes else "none given there"
+    "Raise `UsageError` unless `saes` has the SAE of an entry, at its site."
+    site = _at(entry)
+    has = fingerprint(saes[site]) if site in saes else "none given there"
     if has != entry["fingerprint"]:
         raise UsageError(
             f"the adapter belongs to SAE {entry['fingerprint'][:40]} "
-            f"({entry['source'][-80:]}) at layer {layer}, not to {has}"
+            f"({entry['source'][-80:]}) at {in_words(site)}, not to {has}"
         )
 
 # %% ../nbs/17_adapters.ipynb #fff1a026
-def _check_layer(folder: Path, layer: int, sae):
-    "Raise `UsageError` where the `sae` for `layer` names another."
-    named = hook_name(sae)
-    if named and layer_of(named) != layer:
-        told = f"its SAE at layer {layer} says that it was trained at {str(named)[:60]}"
-        raise mistake(folder / "sae_lora.json", told, _MEND)
+def _check_site(lm, folder: Path, site, sae):
+    "Raise `UsageError` where the `sae` for `site` names another."
+    named = replaced_name(sae)
+    if named and canonical(lm, site_of(named)) != canonical(lm, site):
+        other = f"its SAE at {in_words(site)} says that it was trained at {str(named)[:60]}"
+        raise mistake(folder / "sae_lora.json", other, _MEND)
 
 # %% ../nbs/17_adapters.ipynb #cdbe215d
-def _own_saes(folder: Path, entries: list[dict], given: dict | None) -> dict:
+def _own_saes(lm, folder: Path, entries: list[dict], given: dict | None) -> dict:
     "The SAEs of an adapter, from where it says, or those given. Raises where they are not its own."
     if given:
-        saes = {layer_of(where): sae for where, sae in given.items()}
+        saes = {canonical(lm, site_of(where)): sae for where, sae in given.items()}
     else:
-        saes = {e["layer"]: load_sae(_source(folder, e["source"])) for e in entries}
+        saes = {_at(e): load_sae(_source(folder, e["source"])) for e in entries}
     for entry in entries:
         _check_weights(entry, saes)
-        _check_layer(folder, entry["layer"], saes[entry["layer"]])
+        _check_site(lm, folder, _at(entry), saes[_at(entry)])
     return saes
 
 # %% ../nbs/17_adapters.ipynb #0c3c9bab
@@ -252,7 +279,7 @@ def attach_adapter(lm, source, saes: dict | None = None, trainable: bool = False
     if lora_parameters(lm, "default"):
         raise UsageError("the model carries an adapter; delete it first, with lm.delete_adapter")
     folder = _folder(source)
-    saes = check_saes(lm, _own_saes(folder, _about(folder)["saes"], saes))
+    saes = check_saes(lm, _own_saes(lm, folder, _about(folder)["saes"], saes))
     _check_adapter(folder, lm)
     _put_on(lm, folder, trainable)
     return saes

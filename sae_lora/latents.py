@@ -15,6 +15,7 @@ from .hidden import hidden
 from .lm import decoder_blocks, head, on_device, stack
 from .models import MODELS, as_model
 from .sae import PIECE
+from .sites import read_by
 from .splice import at_home, replaceable
 from .text import model_inputs, token_ids
 
@@ -26,11 +27,11 @@ def _counts(lm, inputs: dict, keep: str) -> Tensor:
 
 # %% ../nbs/30_latents.ipynb #d7ccf661
 @torch.no_grad()
-def latents_at(lm, sae, layer: int, rows: Tensor, keep="special") -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states `(rows, length, width)` of `lm`, as it stands, at `layer`; their latents
-    `(rows, length, d_sae)`; and which positions count `(rows, length)`."""
-    inputs, sae = on_device(lm, model_inputs(rows)), at_home(lm, sae, layer)
-    h, counts = hidden(lm, inputs, layer), _counts(lm, inputs, keep)
+def latents_at(lm, sae, site, rows: Tensor, keep="special") -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states `(rows, length, width)` of `lm`, as it stands, that `sae` reads at `site`;
+    their latents `(rows, length, d_sae)`; and which positions count `(rows, length)`."""
+    inputs, sae = on_device(lm, model_inputs(rows)), at_home(lm, sae, site)
+    h, counts = hidden(lm, inputs, read_by(sae, site)), _counts(lm, inputs, keep)
     return h, sae.encode(h.to(sae.W_dec.dtype)).mul_(counts[..., None]), counts
 
 # %% ../nbs/30_latents.ipynb #d6a8437d

@@ -12,12 +12,14 @@ from typing import Callable
 import torch
 from torch import Tensor
 
+from .anatomy import width_at
+from .fit import seen_and_replaced
 from .hidden import hidden, resume
 from .lm import head, on_device
 from .loss import cross_entropy, joined, losses
 from .models import four_models, prefix_layer, tagged
 from .sae import pieces, reconstruct
-from .splice import at_home, replaced, splice
+from .splice import at_home, splice
 from .text import model_inputs, targets
 
 # %% ../nbs/20_metrics.ipynb #c940cfc3
@@ -218,18 +220,19 @@ class _Firing:
 
 # %% ../nbs/20_metrics.ipynb #fafa9149
 @torch.no_grad()
-def sparsity(lm, sae, layer: int, rows: Tensor, keep: str = "special", batch: int = 8) -> dict:
-    """L0, FVU, explained variance and the share of dead latents of `sae` at `layer`.
+def sparsity(lm, sae, site, rows: Tensor, keep: str = "special", batch: int = 8) -> dict:
+    """L0, FVU, explained variance and the share of dead latents of `sae` at `site`.
 
     That is over the positions of `rows` that the splice would replace; `stray` counts those left
     out of the FVU: their norm is over ten times their batch's median."""
-    sae = at_home(lm, sae, layer)
-    firing, scatter = _Firing(sae.cfg.d_sae), _Scatter(sae.cfg.d_in)
+    sae = at_home(lm, sae, site)
+    firing, scatter = _Firing(sae.cfg.d_sae), _Scatter(width_at(lm, site))
     for some in rows.split(batch):
-        x = replaced(lm, on_device(lm, model_inputs(some)), layer, keep).float()
+        inputs = on_device(lm, model_inputs(some))
+        x, y = (h.float() for h in seen_and_replaced(lm, inputs, sae, site, keep))
         firing.add(sae, x)
-        kept = x[usual(x.norm(dim=-1))]
-        scatter.add(kept, reconstruct(sae, kept))
+        kept = usual(x.norm(dim=-1))
+        scatter.add(y[kept], reconstruct(sae, x[kept]))
     n, fvu = firing.positions, scatter.fvu()
     about = dict(positions=n, stray=n - scatter.n, l0=firing.total / n)
     return about | dict(fvu=fvu, explained_variance=1 - fvu, dead=firing.dead())

@@ -13,6 +13,7 @@ from torch import Tensor
 from .files import UsageError
 from .hidden import hidden, resume
 from .lora import lora_layers, lora_parameters, only, without_lora
+from .sites import layer_before
 from .splice import check_saes, splice
 
 # %% ../nbs/18_models.ipynb #05378a13
@@ -61,7 +62,8 @@ def prefix_layer(lm, saes: dict) -> int:
     """The last layer whose hidden state is the same in all four models.
 
     −1 where only the embeddings are."""
-    return min([*check_saes(lm, saes), *(i - 1 for i in lora_layers(lm))])
+    before = [layer_before(site) for site in check_saes(lm, saes)]
+    return min([*before, *(i - 1 for i in lora_layers(lm))])
 
 # %% ../nbs/18_models.ipynb #c9a588f2
 def tagged(model: str, adapter: str | None) -> str:

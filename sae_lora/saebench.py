@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .files import UsageError
+from .fit import fvu
 from .lm import head, on_device
 from .loss import losses
 from .models import four_models, models_of
-from .splice import Identity, check_saes, fvu
+from .splice import Identity, check_saes
 from .text import model_inputs, targets
 
 # %% ../nbs/34_saebench.ipynb #17b8e91c

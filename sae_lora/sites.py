@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['REPLACED', 'READ', 'Site', 'point_of', 'hook_name', 'transcodes', 'replaced_name', 'site_of', 'layer_of',
-           'hook_point', 'told', 'read_by', 'layer_before', 'block_of']
+           'hook_point', 'in_words', 'layer_before', 'block_of', 'read_by']
 
-# %% ../nbs/10z_sites.ipynb #2e41101a
+# %% ../nbs/10z_sites.ipynb #7000d241
 import re
 from dataclasses import dataclass
 from functools import total_ordering
 
 from .files import UsageError
 
-# %% ../nbs/10z_sites.ipynb #13af8d37
+# %% ../nbs/10z_sites.ipynb #a5a0e716
 REPLACED = ("attn.hook_z", "attn.hook_out", "hook_attn_out", "mlp.hook_out", "hook_mlp_out")
 READ = ("hook_resid_mid", "ln2.hook_normalized", "mlp.hook_in")
 _ORDER = (*REPLACED[:3], *READ, *REPLACED[3:])
 
-# %% ../nbs/10z_sites.ipynb #bcfe8c8e
+# %% ../nbs/10z_sites.ipynb #0f90f683
 @total_ordering
 @dataclass(frozen=True)
 class Site:
@@ -35,14 +35,14 @@ class Site:
     def __lt__(self, other) -> bool:
         return _depth(self) < _depth(other)
 
-# %% ../nbs/10z_sites.ipynb #ece7807d
+# %% ../nbs/10z_sites.ipynb #95221b23
 def _depth(site) -> tuple[int, int]:
     "How far into a pass a site, or the output of a layer, is reached."
     if isinstance(site, int):
         return site, len(_ORDER)
     return site.layer, _ORDER.index(site.point)
 
-# %% ../nbs/10z_sites.ipynb #e20d42bb
+# %% ../nbs/10z_sites.ipynb #61aaaccd
 _PROJECTIONS = ("self_attn.o_proj", "self_attn.dense", "self_attn.out_proj", "attn.c_proj")
 _TAILS = {
     "attn.hook_z": ["hook_z", "attention.dense.input", *(f"{p}.input" for p in _PROJECTIONS)],
@@ -53,22 +53,22 @@ _TAILS = {
     "hook_resid_mid": ["resid_mid", "hook_mlp_in", "resid_post_attn"],
     "ln2.hook_normalized": [],
     "mlp.hook_in": ["mlp.input", "pre_feedforward_layernorm.output"],
-    "hook_resid_post": ["", "resid_post", "resid_post_mlp"],
+    "hook_resid_post": ["", "output", "resid_post", "resid_post_mlp"],
     "hook_resid_pre": ["resid_pre", "input"],
 }
 
-# %% ../nbs/10z_sites.ipynb #8f40661a
+# %% ../nbs/10z_sites.ipynb #0cd545a7
 _POINTS = {tail: point for point, tails in _TAILS.items() for tail in (point, *tails)}
 
-# %% ../nbs/10z_sites.ipynb #973034ed
+# %% ../nbs/10z_sites.ipynb #62e7ccfc
 _SHORT = {"R": "", "M": "mlp_out", "A": "attn_out", "TC": "mlp_out"}
 _LLAMA_SCOPE = re.compile(r"L(\d+)(R|M|A|TC)")
 
-# %% ../nbs/10z_sites.ipynb #4b730d85
+# %% ../nbs/10z_sites.ipynb #5750b9b7
 _NNTERP = {"layers": "", "mlps": "mlp", "attentions": "self_attn"}
 _OUTPUTS = re.compile(r"(?:model\.)?(layers|mlps|attentions)_output[.\[](\d+)\]?")
 
-# %% ../nbs/10z_sites.ipynb #101f602d
+# %% ../nbs/10z_sites.ipynb #e8b32af9
 def _parts(name: str) -> tuple[int, str] | None:
     "The layer and the tail of a name, `None` where it has no layer."
     if short := _LLAMA_SCOPE.fullmatch(name):
@@ -78,7 +78,7 @@ def _parts(name: str) -> tuple[int, str] | None:
     found = re.fullmatch(r"(?:[A-Za-z_.]*\.)?(-?\d+)(?:\.(.*))?", name)
     return found and (int(found[1]), found[2] or "")
 
-# %% ../nbs/10z_sites.ipynb #1b5a1660
+# %% ../nbs/10z_sites.ipynb #c3ac8001
 def point_of(name: str) -> tuple[int, str]:
     """The layer of a hook point, and its point, also one that is only read; from any spelling.
 
@@ -92,31 +92,31 @@ def point_of(name: str) -> tuple[int, str]:
         )
     return layer, point
 
-# %% ../nbs/10z_sites.ipynb #79ee6d8a
+# %% ../nbs/10z_sites.ipynb #a14a5a40
 def hook_name(sae) -> str | None:
     "The hook point an SAE says it was trained at, in SAELens spelling; a transcoder's input."
     return sae.cfg.metadata.hook_name
 
-# %% ../nbs/10z_sites.ipynb #8faa8ebb
+# %% ../nbs/10z_sites.ipynb #f95ec32f
 def transcodes(sae) -> bool:
     "Whether `sae` is a transcoder: its output stands elsewhere than its input."
     return hasattr(sae.cfg, "d_out")
 
-# %% ../nbs/10z_sites.ipynb #c8bb334f
+# %% ../nbs/10z_sites.ipynb #25edbcd7
 def replaced_name(sae) -> str | None:
     "The hook point that an SAE replaces: its own, or where a transcoder's output belongs."
     if not transcodes(sae):
         return hook_name(sae)
     return getattr(sae.cfg.metadata, "hook_name_out", None)
 
-# %% ../nbs/10z_sites.ipynb #80b1cc92
+# %% ../nbs/10z_sites.ipynb #f08414ba
 def _site(layer: int, point: str):
     "The number of a layer for the residual stream between blocks, else a `Site`."
     if point == "hook_resid_post":
         return layer
     return layer - 1 if point == "hook_resid_pre" else Site(layer, point)
 
-# %% ../nbs/10z_sites.ipynb #2803b430
+# %% ../nbs/10z_sites.ipynb #ad111b81
 def site_of(where):
     """The site that `where` means: a number, a name in any spelling, a `Site`, or an SAE.
 
@@ -133,7 +133,7 @@ def site_of(where):
         )
     return _site(layer, point)
 
-# %% ../nbs/10z_sites.ipynb #a367d387
+# %% ../nbs/10z_sites.ipynb #a50f04ae
 def layer_of(where) -> int:
     """The layer of a hook point in the residual stream, in whatever form `site_of` takes.
 
@@ -146,30 +146,17 @@ def layer_of(where) -> int:
         )
     return site
 
-# %% ../nbs/10z_sites.ipynb #16af3bcc
+# %% ../nbs/10z_sites.ipynb #e11f8857
 def hook_point(site) -> str:
     "The name of a site in SAELens spelling; `site_of` reads it."
     return str(site) if isinstance(site, Site) else f"blocks.{site}.hook_resid_post"
 
 
-def told(site) -> str:
+def in_words(site) -> str:
     "A site in a sentence: `layer 12`, or its hook point."
     return str(site) if isinstance(site, Site) else f"layer {site}"
 
-# %% ../nbs/10z_sites.ipynb #c32a49b1
-def read_by(sae, site):
-    "The site that `sae` reads when it stands at `site`: that one, unless `sae` is a transcoder."
-    if not transcodes(sae):
-        return site
-    layer, point = point_of(str(hook_name(sae)))
-    if point not in READ or layer != site.layer:
-        raise UsageError(
-            f"the transcoder at {told(site)} reads {hook_name(sae)}; "
-            f"give one that reads blocks.{site.layer}. with one of {', '.join(READ)}"
-        )
-    return Site(layer, point)
-
-# %% ../nbs/10z_sites.ipynb #f39ebd2f
+# %% ../nbs/10z_sites.ipynb #ba480326
 def layer_before(site) -> int:
     "The last layer whose hidden state is the same whatever is spliced at `site`."
     return site.layer - 1 if isinstance(site, Site) else site
@@ -178,3 +165,16 @@ def layer_before(site) -> int:
 def block_of(site) -> int:
     "The number of the decoder block that a site is in; 0 for the input of block 0."
     return site.layer if isinstance(site, Site) else max(site, 0)
+
+# %% ../nbs/10z_sites.ipynb #a1ae2ca4
+def read_by(sae, site):
+    "The site that `sae` reads when it stands at `site`: that one, unless `sae` is a transcoder."
+    if not transcodes(sae):
+        return site
+    layer, point = point_of(str(hook_name(sae)))
+    if point not in READ or layer != block_of(site):
+        raise UsageError(
+            f"the transcoder at {in_words(site)} reads {hook_name(sae)}; "
+            f"give one that reads blocks.{block_of(site)}. with one of {', '.join(READ)}"
+        )
+    return Site(layer, point)

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .anatomy import width_at
 from .arithmetic import Arithmetic, arithmetic, hold_memory, prepared
 from .files import cache_path, written
 from .hidden import hidden_each
 from .lm import decoder_blocks, device_of, on_device, stack
 from .lora import without_lora
+from .sites import in_words, layer_before
 from .splice import replaceable
 from .text import model_inputs
 
@@ -48,10 +50,11 @@ def _mixed(t: Tensor, piece: int = 2**22) -> int:
 
 # %% ../nbs/22_states.ipynb #6f9eec72
 def _up_to(lm, layer) -> list[nn.Module]:
-    "The parts of `lm` that the hidden states at `layer` come from."
+    "The parts of `lm` that the hidden states at `layer`, or at a site in it, come from."
     if layer == "final":
         return [stack(lm)]
-    return [lm.get_input_embeddings(), *decoder_blocks(lm)[: layer + 1]]
+    last = layer_before(layer) + (not isinstance(layer, int))
+    return [lm.get_input_embeddings(), *decoder_blocks(lm)[: last + 1]]
 
 # %% ../nbs/22_states.ipynb #0c669336
 def _add_weights(digest, part: nn.Module):
@@ -84,37 +87,39 @@ def _space(path: Path | None, size: int, dtype: torch.dtype) -> Tensor:
     return _mapped(path, dtype, size) if path else torch.empty(size, dtype=dtype)
 
 # %% ../nbs/22_states.ipynb #3ea218ac
-def _fill(spaces: list[Tensor], chunks: Iterable[list[Tensor]]) -> int:
-    "Put what `chunks` gives for each space there: how many numbers."
-    n = 0
+def _fill(spaces: list[Tensor], chunks: Iterable[list[Tensor]]) -> list[int]:
+    "Put what `chunks` gives for each space there: how many numbers each holds."
+    filled = [0] * len(spaces)
     for chunk in chunks:
-        for space, x in zip(spaces, chunk):
-            space[n : n + x.numel()] = x.flatten()
-        n += chunk[0].numel()
-    return n
+        for i, x in enumerate(chunk):
+            spaces[i][filled[i] : filled[i] + x.numel()] = x.flatten()
+            filled[i] += x.numel()
+    return filled
 
 # %% ../nbs/22_states.ipynb #39be630b
 def _gathered(
-    chunks: Iterable[list[Tensor]], size: int, dtype: torch.dtype, paths: list[Path | None]
+    chunks: Iterable[list[Tensor]], sizes: list[int], dtype: torch.dtype, paths: list[Path | None]
 ) -> list[Tensor]:
-    """What `chunks` gives, equally many numbers for each of the `paths`, at most `size`; flat.
+    """What `chunks` gives for each of the `paths`, at most so many numbers as `sizes` says; flat.
 
     Mapped from the files, or in memory where a path is none."""
     hold_memory()
     with ExitStack() as unfinished:
         parts = [path and unfinished.enter_context(written(path)) for path in paths]
-        spaces = [_space(part, size, dtype) for part in parts]
-        n = _fill(spaces, chunks)
-        for part in filter(None, parts):
-            os.truncate(part, n * dtype.itemsize)
-    return [_mapped(path, dtype) if path else x[:n] for path, x in zip(paths, spaces)]
+        spaces = [_space(part, size, dtype) for part, size in zip(parts, sizes)]
+        filled = _fill(spaces, chunks)
+        for part, n in zip(parts, filled):
+            if part:
+                os.truncate(part, n * dtype.itemsize)
+    ends = zip(paths, spaces, filled)
+    return [_mapped(path, dtype) if path else x[:n] for path, x, n in ends]
 
 # %% ../nbs/22_states.ipynb #ebea5151
 def _replaceable_states(
     lm, rows: Tensor, at: list[int], keep: str, batch: int, how: Arithmetic
 ) -> Iterable[list[Tensor]]:
-    "Batch by batch, the hidden states at the layers `at` that a splice would replace."
-    label = f"hidden states at layer {', '.join(map(str, at))}"
+    "Batch by batch, the hidden states at the sites `at` that a splice would replace."
+    label = f"hidden states at {', '.join(map(in_words, at))}"
     for some in tqdm(rows.split(batch), desc=label, leave=False):
         inputs = on_device(lm, model_inputs(some))
         where = replaceable(lm, inputs, keep)
@@ -126,12 +131,12 @@ def _replaceable_states(
 def _gather_replaceable(
     lm, rows: Tensor, paths: dict[int, Path | None], keep: str, batch: int, how: Arithmetic
 ) -> dict[int, Tensor]:
-    "By layer the hidden states that a splice would replace, flat, in the file that it names."
-    at, width = sorted(paths), lm.config.get_text_config().hidden_size
-    files = [paths[layer] for layer in at]
+    "By site the hidden states that a splice would replace, flat, in the file that it names."
+    at = sorted(paths)
+    files, sizes = [paths[site] for site in at], [rows.numel() * width_at(lm, site) for site in at]
     with prepared(lm, how, rows.shape[-1]):
         chunks = _replaceable_states(lm, rows, at, keep, batch, how)
-        found = _gathered(chunks, rows.numel() * width, torch.bfloat16, files)
+        found = _gathered(chunks, sizes, torch.bfloat16, files)
     return dict(zip(at, found))
 
 # %% ../nbs/22_states.ipynb #728a3445
@@ -148,20 +153,20 @@ def _found_or_gathered(
 def harvest(
     lm,
     rows: Tensor,
-    layer: int | list[int],
+    site,
     keep: str = "special",
     batch: int = 8,
     cached: bool = False,
 ) -> Tensor | list[Tensor]:
-    """Hidden states at `layer` that a splice would replace, `(positions, width)`, bfloat16.
+    """Hidden states at `site` that a splice would replace, `(positions, width)`, bfloat16.
 
-    For several layers a list, from one pass. If `cached`, they are memory-mapped from a file in the
-    cache for each layer, computed once for these weights and rows."""
-    at, how = layer if isinstance(layer, list) else [layer], arithmetic(device_of(lm))
+    For several sites a list, from one pass. If `cached`, they are memory-mapped from a file in the
+    cache for each site, computed once for these weights and rows."""
+    at, how = site if isinstance(site, list) else [site], arithmetic(device_of(lm))
     paths = {i: _states_path(lm, rows, i, keep, how.bf16) if cached else None for i in at}
     found = _found_or_gathered(lm, rows, paths, keep, batch, how)
-    states = [found[i].view(-1, lm.config.get_text_config().hidden_size) for i in at]
-    return states if isinstance(layer, list) else states[0]
+    states = [found[i].view(-1, width_at(lm, i)) for i in at]
+    return states if isinstance(site, list) else states[0]
 
 # %% ../nbs/22_states.ipynb #722dda7d
 def _prefix_and_teacher(
@@ -185,5 +190,5 @@ def known_states(lm, rows: Tensor, layer: int, how: Arithmetic, batch: int = 8) 
     if not path.exists():
         with prepared(lm, how, rows.shape[-1]):
             chunks = _prefix_and_teacher(lm, rows, layer, batch, how)
-            _gathered(chunks, 2 * rows.numel() * embed.shape[1], embed.dtype, [path])
+            _gathered(chunks, [2 * rows.numel() * embed.shape[1]], embed.dtype, [path])
     return _mapped(path, embed.dtype).view(len(rows), 2, rows.shape[-1], -1)

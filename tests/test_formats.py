@@ -14,11 +14,12 @@ from safetensors.torch import save_file
 
 from sae_lora.adapters import attach_adapter, load_adapter, save_adapter
 from sae_lora.files import UsageError
+from sae_lora.fit import check_fit
 from sae_lora.lm import load_lm
 from sae_lora.lora import add_lora, lora_parameters
 from sae_lora.sae import fingerprint, load_sae, reconstruct, save_sae
 from sae_lora.sites import layer_of
-from sae_lora.splice import check_fit, splice
+from sae_lora.splice import splice
 
 X = torch.randn(3, 5, 32, generator=torch.Generator().manual_seed(1))
 
