@@ -39,19 +39,19 @@ class Arithmetic:
     fused: bool = False
 
     def __call__(self):
-        "A context in which matrix products are done so."
+        "A context where matrix products are done so."
         return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
 
 # %% ../nbs/21_arithmetic.ipynb #a29e679b
 def arithmetic(device, precision: str = "auto") -> Arithmetic:
     """The arithmetic of passes on `device`: products in bfloat16 (`bf16`, or `auto` where it pays)
-    or in the model's own dtype (`fp32`)."""
+    or in the model's dtype (`fp32`)."""
     kind = torch.device(device).type
     return Arithmetic(kind, precision == "bf16" or precision == "auto" and bf16_pays(kind))
 
 # %% ../nbs/21_arithmetic.ipynb #ae993641
 def _castable(lm) -> list[nn.Linear]:
-    "The frozen float32 linears of the blocks; none where weights are spread."
+    "The blocks' frozen float32 linears; none where weights are spread."
     found = [] if sharded(lm) else decoder_blocks(lm).modules()
     weights = [(m, m.weight) for m in found if isinstance(m, nn.Linear)]
     return [m for m, w in weights if not w.requires_grad and w.dtype == torch.float32]

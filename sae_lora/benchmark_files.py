@@ -29,10 +29,10 @@ def _csv_rows(path: Path) -> list[dict]:
     with path.open(encoding="utf-8", newline="") as f:
         return list(csv.DictReader(f))
 
-# %% ../nbs/38_benchmark_files.ipynb #c8d40fb3
+# %% ../nbs/38_benchmark_files.ipynb #9c8ce832
 _QUOTED = re.compile(r'"(.*?)",([0-3])(?:\r?\n|$)', re.DOTALL)
 
-
+# %% ../nbs/38_benchmark_files.ipynb #c8d40fb3
 def _loosely_quoted(text: str) -> list[list[str]] | None:
     "Rows of six cells from CSV with quotes left as they are; `None` where it is another sort."
     rows = []
@@ -60,12 +60,12 @@ def _answers(row: dict) -> list[str]:
 
 # %% ../nbs/38_benchmark_files.ipynb #5ce85709
 def _truthfulqa(path: Path) -> list[dict]:
-    "Multiple choice with one true answer, which comes first."
+    "Multiple choice; the one true answer comes first."
     out = []
     for row in _csv_rows(path):
         choices = _answers(row)
-        targets = dict(choices=choices, labels=[1] + [0] * (len(choices) - 1))
-        out.append(dict(question=row["Question"], mc1_targets=targets))
+        mc1 = dict(choices=choices, labels=[1] + [0] * (len(choices) - 1))
+        out.append(dict(question=row["Question"], mc1_targets=mc1))
     return out
 
 # %% ../nbs/38_benchmark_files.ipynb #8388b9c4

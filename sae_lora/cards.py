@@ -31,7 +31,7 @@ def _activations(
 def _in_both(
     lm, saes: dict, layer: int, latents: list[int], rows: Tensor, compare
 ) -> tuple[dict[str, Tensor], Tensor]:
-    "Activations `(rows, length, latents)` by model, and which positions count."
+    "`_activations` by model, and which positions count."
     both = {m: _activations(lm, saes, layer, latents, rows, m) for m in compare}
     return {m: a for m, (a, _) in both.items()}, both[compare[0]][1]
 
@@ -83,15 +83,17 @@ def latent_cards(
             cards.append(dict(layer=layer, latent=own[i]) | figures | by_head | shown)
     return cards
 
+# %% ../nbs/32_cards.ipynb #3490c740
+def _token(token: str, x: float, peak: float) -> str:
+    "A token as HTML, shaded by its activation `x`."
+    text = escape(token).replace("\n", "⏎")
+    shade = f"background:rgba(31,119,180,{0.75 * x / peak:.2f})"
+    return f'<span style="{shade}" title="{x:g}">{text}</span>' if x > 0 else text
+
 # %% ../nbs/32_cards.ipynb #1837586e
 def _shaded(tokens: list[str], activations: list[float], peak: float) -> str:
     "Tokens as HTML, shaded by activation; `peak` has the deepest shade."
-    out = []
-    for token, x in zip(tokens, activations):
-        text = escape(token).replace("\n", "⏎")
-        shade = f"background:rgba(31,119,180,{0.75 * x / peak:.2f})"
-        out.append(f'<span style="{shade}" title="{x:g}">{text}</span>' if x > 0 else text)
-    return "".join(out)
+    return "".join(_token(token, x, peak) for token, x in zip(tokens, activations))
 
 # %% ../nbs/32_cards.ipynb #ae5d0c5a
 def _line(passage: dict, a: str, b: str, peak: float) -> str:
@@ -119,18 +121,20 @@ def _card(card: dict, a: str, b: str) -> str:
         f"promotes {promoted}, suppresses {_words(card['suppresses'])}</p>{lines}</details>"
     )
 
-# %% ../nbs/32_cards.ipynb #08ef2242
+# %% ../nbs/32_cards.ipynb #2f222243
 _FILTER = (
     "const q=this.value.toLowerCase();this.parentElement.querySelectorAll('details')"
     ".forEach(d=>d.hidden=!d.textContent.toLowerCase().includes(q))"
 )
 
+# %% ../nbs/32_cards.ipynb #e3e9272a
+_SEARCH = (
+    '<input type="search" placeholder="search the latents" aria-label="search the latents" '
+    f'oninput="{escape(_FILTER)}" style="width:100%;margin-bottom:0.6em">'
+)
 
+# %% ../nbs/32_cards.ipynb #08ef2242
 def cards_page(cards: list[dict], compare=("base", "adapted")) -> str:
     "What `latent_cards` gave, as HTML with a field that searches it."
-    field = (
-        '<input type="search" placeholder="search the latents" aria-label="search the latents" '
-        f'oninput="{escape(_FILTER)}" style="width:100%;margin-bottom:0.6em">'
-    )
     body = "".join(_card(c, *compare) for c in cards)
-    return f'<div class="latent-cards">{field}{body}</div>'
+    return f'<div class="latent-cards">{_SEARCH}{body}</div>'

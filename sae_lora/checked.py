@@ -11,6 +11,7 @@ __all__ = ['MOST', 'Count', 'Finite', 'mistake', 'said', 'no_file', 'a_file', 'm
 import json
 import math
 import stat
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Iterator
@@ -42,9 +43,6 @@ def said(e: Exception, most: int = 90) -> str:
     return told if len(told) <= most else f"{told[: most - 1]}…"
 
 # %% ../nbs/02_checked.ipynb #cf9a4571
-MOST = 2**28  # bytes of a file that is read whole
-
-
 def no_file(path: Path) -> str | None:
     "What stands at `path` in place of a file; `None` where it is one."
     try:
@@ -78,18 +76,26 @@ def model_path(name: str, mend: str = "give a hub id, a folder or a .gguf file")
         return None
     raise mistake(f"model {name[-99:]!r}", reason or "a file, but not a .gguf file", mend)
 
-# %% ../nbs/02_checked.ipynb #d52c2484
-def read_text(path, mend: str = "give a text file in UTF-8") -> str:
-    "A whole file of text. Raises `UsageError` where it is no file, too large, or not UTF-8."
-    path = a_file(path, mend)
-    if path.stat().st_size > MOST:
-        raise mistake(path, f"more than {MOST >> 20} MB", mend)
+# %% ../nbs/02_checked.ipynb #a84cce75
+MOST = 2**28  # bytes of a file that is read whole
+
+# %% ../nbs/02_checked.ipynb #cebee6a1
+def _decoded(path: Path, mend: str) -> str:
+    "The text of a file. Raises `UsageError` where it cannot be read as UTF-8."
     try:
         return path.read_text(encoding="utf-8")
     except OSError as e:
         raise mistake(path, f"cannot be read ({e.strerror})", mend) from None
     except UnicodeDecodeError:
         raise mistake(path, "is not UTF-8 text", mend) from None
+
+# %% ../nbs/02_checked.ipynb #d52c2484
+def read_text(path, mend: str = "give a text file in UTF-8") -> str:
+    "A whole file of text. Raises `UsageError` where it is no file, too large, or not UTF-8."
+    path = a_file(path, mend)
+    if path.stat().st_size > MOST:
+        raise mistake(path, f"more than {MOST >> 20} MB", mend)
+    return _decoded(path, mend)
 
 # %% ../nbs/02_checked.ipynb #f0049abb
 Count = Annotated[int, Ge(1), Le(2**40)]
@@ -124,20 +130,23 @@ _WORDS = {
     "none_required": "null",
     "too_short": "a list that is not empty",
 }
+_OF_KEYS = {"missing": "missing", "extra_forbidden": "not known"}
+
+# %% ../nbs/02_checked.ipynb #35f014d4
+def _expected(kind: str, said: str) -> str:
+    "What a value should be, by the kind and the message of a finding."
+    told = said.removeprefix("Input should be ").removeprefix("Value error, ")
+    if kind.startswith(("greater", "less")):
+        told = f"a number {told}"
+    return _WORDS.get(kind, told)
 
 # %% ../nbs/02_checked.ipynb #a06da4b1
 def _fault(error: dict) -> str:
-    "What one of pydantic's findings says, in words."
-    key = ".".join(map(str, error["loc"]))
-    kind = error["type"]
-    if kind == "missing":
-        return f"the key {key} is missing"
-    if kind == "extra_forbidden":
-        return f"the key {key} is not known"
-    told = error["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    if kind.startswith(("greater", "less")):
-        told = f"a number {told}"
-    wanted = _WORDS.get(kind, told)
+    "A pydantic finding in words."
+    key, kind = ".".join(map(str, error["loc"])), error["type"]
+    if kind in _OF_KEYS:
+        return f"the key {key} is {_OF_KEYS[kind]}"
+    wanted = _expected(kind, error["msg"])
     return f"{key or 'it'} is {_told(error['input'])}, where {wanted} is expected"
 
 # %% ../nbs/02_checked.ipynb #214ff92a
@@ -210,6 +219,15 @@ def _damaged(path, e: Exception, mend: str) -> UsageError:
     kind = Path(path).suffix or "what it should be"
     return mistake(path, f"damaged, cut short, or not {kind} at all ({said(e)})", mend)
 
+# %% ../nbs/02_checked.ipynb #e92a47fb
+@contextmanager
+def _damage_told(path: Path, mend: str):
+    "Inside, however a damaged file fails becomes a `UsageError`."
+    try:
+        yield
+    except Exception as e:
+        raise _damaged(path, e, mend) from None
+
 # %% ../nbs/02_checked.ipynb #a1cfd1a6
 def _numbers(name: str, array: np.ndarray) -> torch.Tensor:
     "An array as a tensor. Raises `ValueError` for one that holds no numbers."
@@ -226,13 +244,10 @@ def _arrays(path: Path) -> dict:
 
 # %% ../nbs/02_checked.ipynb #e0c79001
 def shapes_in(path, mend: str = "restore the file") -> dict[str, tuple[int, ...]]:
-    "Names and shapes of the tensors in a `.safetensors` file; nothing else is read."
+    "Names and shapes of tensors in a `.safetensors` file; no more is read."
     path = a_file(path, mend)
-    try:
-        with safe_open(path, "pt") as f:
-            return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
-    except Exception as e:
-        raise _damaged(path, e, mend) from None  # however a damaged file fails
+    with _damage_told(path, mend), safe_open(path, "pt") as f:
+        return {name: tuple(f.get_slice(name).get_shape()) for name in f.keys()}
 
 # %% ../nbs/02_checked.ipynb #f740304e
 def _first(names, most: int = 3) -> str:
@@ -284,11 +299,9 @@ def check_finite(tensors: dict, where, mend: str = "restore the file"):
 
 # %% ../nbs/02_checked.ipynb #84ef1e32
 def _read_npz(path: Path, expected: dict | None, mend: str) -> dict:
-    "The tensors of an `.npz` file, whose shapes are `expected`."
-    try:
+    "The tensors of an `.npz` file, of `expected` shapes."
+    with _damage_told(path, mend):
         tensors = _arrays(path)
-    except Exception as e:
-        raise _damaged(path, e, mend) from None
     if expected is not None:
         check_shapes({name: x.shape for name, x in tensors.items()}, expected, path, mend)
     return tensors

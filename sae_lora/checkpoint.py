@@ -63,18 +63,28 @@ def _digest(tensors: dict[str, Tensor], metadata: dict[str, str]) -> str:
         digest.update(t.contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
-# %% ../nbs/23_checkpoint.ipynb #fe1389e1
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    "Tensors and metadata of a checkpoint. Raises `UsageError` unless it is whole."
+# %% ../nbs/23_checkpoint.ipynb #71f385a3
+def _not_whole(path: Path, fault: str) -> UsageError:
+    "The mistake of going on from a file that is no whole checkpoint."
     told = "is no whole checkpoint; remove it and start anew, or choose another folder"
+    return UsageError(f"{path} {told} ({fault})")
+
+# %% ../nbs/23_checkpoint.ipynb #21d1a101
+def _content(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    "Tensors and metadata of a file. Raises `UsageError` where it cannot be read."
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = dict(file.metadata() or {})
+            return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:
-        raise UsageError(f"{path} {told} ({type(e).__name__})") from None
+        raise _not_whole(path, type(e).__name__) from None
+
+# %% ../nbs/23_checkpoint.ipynb #fe1389e1
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    "A checkpoint's tensors and metadata. `UsageError` unless it is whole."
+    tensors, metadata = _content(path)
     if metadata.pop("digest", None) != _digest(tensors, metadata):
-        raise UsageError(f"{path} {told} (its digest does not fit)")
+        raise _not_whole(path, "its digest does not fit")
     return tensors, metadata
 
 # %% ../nbs/23_checkpoint.ipynb #59ad0da9
@@ -82,18 +92,22 @@ def kept_run(path) -> dict | None:
     "The parameters of the run whose checkpoint is `path`; `None` where there is none."
     return json.loads(_read(path)[1]["run"]) if path and Path(path).exists() else None
 
+# %% ../nbs/23_checkpoint.ipynb #c66f8cc4
+def _other_run(path, name: str, was, now) -> UsageError:
+    "The mistake of going on from a run in which parameter `name` was another."
+    told, wanted = (one_line(f"{name}={value!r}", 80) for value in (was, now))
+    return UsageError(
+        f"{path} holds a run with {told}, not {wanted}; "
+        "go on with the same parameters, or choose another folder"
+    )
+
 # %% ../nbs/23_checkpoint.ipynb #772c19a5
 def _same_run(path, was: dict, run: dict):
     "Raise `UsageError` unless the run in the checkpoint `path` is this one."
     now = json.loads(json.dumps(run))
-    changed = [k for k in now | was if now.get(k) != was.get(k)]
-    if not changed:
-        return
-    told, wanted = (one_line(f"{changed[0]}={some.get(changed[0])!r}", 80) for some in (was, now))
-    raise UsageError(
-        f"{path} holds a run with {told}, not {wanted}; "
-        "go on with the same parameters, or choose another folder"
-    )
+    for name in now | was:
+        if now.get(name) != was.get(name):
+            raise _other_run(path, name, was.get(name), now.get(name))
 
 # %% ../nbs/23_checkpoint.ipynb #0b7cc11a
 def _as_tensors(params: dict, opt, state: dict) -> dict[str, Tensor]:
@@ -109,7 +123,7 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parame
 
 # %% ../nbs/23_checkpoint.ipynb #1e5baaff
 def _moments(tensors: dict[str, Tensor], name: str, device, fused: bool) -> dict[str, Tensor]:
-    "What AdamW remembers of a parameter, on `device`; unless it is `fused`, it counts on the CPU."
+    "What AdamW remembers of a parameter, on `device`; unless `fused`, it counts on the CPU."
     moments = {k: tensors[f"{k}/{name}"].to(device) for k in _MOMENTS}
     return moments if fused else moments | {"step": moments["step"].cpu()}
 

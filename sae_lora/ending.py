@@ -45,23 +45,30 @@ def halted(e: KeyboardInterrupt, out: Path | None = None) -> Halted:
         return Halted(f"{e if isinstance(e, Stopped) else 'stopped'}; go on with --resume", number)
     return Halted("stopped before a state was saved; start again, --resume or not", number)
 
+# %% ../nbs/52_ending.ipynb #c16582f1
+def _could_write(file: Path, text: str) -> bool:
+    "Write a text to a file, whose folder is made; whether that could be done."
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    except OSError:
+        return False
+    return True
+
 # %% ../nbs/52_ending.ipynb #61f6bb00
 def _kept(e: Exception) -> Path:
     "The file where the traceback of `e` is from now on."
     name = f"error-{time.strftime('%Y%m%d-%H%M%S')}-{time.time_ns() % 10**6}.txt"
+    told = "".join(traceback.format_exception(e))
     for folder in (cache_path("errors"), Path(tempfile.gettempdir())):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text("".join(traceback.format_exception(e)))
+        if _could_write(folder / name, told):
             return folder / name
-        except OSError:
-            pass
     return Path("nowhere, as nothing can be written")
 
-# %% ../nbs/52_ending.ipynb #bbadb055
+# %% ../nbs/52_ending.ipynb #02a2015b
 _CROWDED = ("can't allocate memory", "not enough memory", "Cannot allocate memory")
 
-
+# %% ../nbs/52_ending.ipynb #bbadb055
 def _out_of_memory(e: Exception) -> bool:
     "Whether `e` says that memory ran out; PyTorch's own exception is not imported for this."
     by_name = type(e).__name__ in ("MemoryError", "OutOfMemoryError")

@@ -76,8 +76,8 @@ def _train_sae(lm, blocks, p: dict, folder: Path):
 
 # %% ../nbs/42_experiments.ipynb #c7494150
 def trained_sae(lm, blocks, **spec):
-    """A TopK SAE for `lm`, trained on `tokens` positions of the training rows (`layer, width, k,
-    tokens`, `seed`); from the cache where it was trained before."""
+    """A TopK SAE (`layer, width, k, seed`), trained on `tokens` positions of the training rows, or
+    from the cache."""
     p = _made_of(lm, blocks, **spec)
     folder = cache_path("saes", key(p))
     if not folder.exists():
@@ -98,32 +98,29 @@ def saes_at(lm, blocks, specs) -> dict:
     ]
     return check_saes(lm, {layer_of(hook_name(sae)): sae for sae in saes})
 
+# %% ../nbs/42_experiments.ipynb #72153664
+def _untrained(lm, blocks, runs: list[dict]) -> list[int]:
+    "Layers of SAEs in `runs` yet to be trained."
+    specs = [s for p in runs for s in _several(p["sae"]) if isinstance(s, dict)]
+    every = [_made_of(lm, blocks, **s) for s in specs]
+    return sorted({p["layer"] for p in every if not cache_path("saes", key(p)).exists()})
+
 # %% ../nbs/42_experiments.ipynb #44574c4a
 def gather(runs: list[dict]):
-    """Put the hidden states that the SAEs of `runs` (`sae`, a spec or a list of them) are yet to be
-    trained on into the cache: one pass for all their layers."""
+    """Put hidden states that the SAEs of `runs` (`sae`, a spec or a list) are yet to be trained on
+    into the cache: one pass for all layers."""
     lm, _, blocks = world(*(runs[0][k] for k in WORLD))
-    layers = set()
-    for p in runs:
-        for spec in _several(p["sae"]):
-            if not isinstance(spec, dict):
-                continue
-            if not cache_path("saes", key(_made_of(lm, blocks, **spec))).exists():
-                layers.add(spec["layer"])
-    if layers:
-        harvest(lm, blocks.train, sorted(layers), cached=True)
+    if layers := _untrained(lm, blocks, runs):
+        harvest(lm, blocks.train, layers, cached=True)
 
 # %% ../nbs/42_experiments.ipynb #7735b11c
 RUN = ("rank", "layers", "tokens", "recipe", "seed", "lr", "keep_unspliced")
 
 # %% ../nbs/42_experiments.ipynb #05682f8e
 def _adapter_file(lm, saes: dict, rows, p: dict) -> Path:
-    "Where the adapter of run `p` is kept."
-    made_of = dict(
-        model=lm.name_or_path,
-        rows=_digest(rows),
-        saes={i: fingerprint(s) for i, s in saes.items()},
-    )
+    "The file of run `p`'s adapter."
+    own = {i: fingerprint(s) for i, s in saes.items()}
+    made_of = dict(model=lm.name_or_path, rows=_digest(rows), saes=own)
     made_of |= {k: p[k] for k in RUN if k in p}
     return cache_path("adapters", f"{key(made_of)}.safetensors")
 
@@ -196,19 +193,23 @@ def with_adapters(lm, saes: dict, rows, *runs: dict):
         for name in names:
             lm.delete_adapter(name)
 
-# %% ../nbs/42_experiments.ipynb #656a44f3
-def _about(lm, saes: dict, blocks) -> dict:
-    "Where the SAEs are, and their sparsity and width: means over SAEs."
+# %% ../nbs/42_experiments.ipynb #9adbf5db
+def _sparsities(lm, saes: dict, blocks) -> pd.Series:
+    "Sparsity and width of the SAEs: means over SAEs."
     own = [
         sparsity(lm, sae, layer, blocks.valid[:64]) | dict(d_sae=sae.cfg.d_sae)
         for layer, sae in saes.items()
     ]
-    means = pd.DataFrame(own).mean()
+    return pd.DataFrame(own).mean()[["l0", "fvu", "dead", "d_sae"]]
+
+# %% ../nbs/42_experiments.ipynb #656a44f3
+def _about(lm, saes: dict, blocks) -> dict:
+    "Where the SAEs are, and their sparsity and width."
     return dict(
         at=sorted(saes),
         n_layers=lm.config.get_text_config().num_hidden_layers,
         text_hash=blocks.hash,
-        **means[["l0", "fvu", "dead", "d_sae"]],
+        **_sparsities(lm, saes, blocks),
     )
 
 # %% ../nbs/42_experiments.ipynb #99a1b6ff

@@ -45,16 +45,16 @@ def one_line(said, most: int = 300) -> str:
     return f"{line[:half]} … {line[-half:]}"
 
 # %% ../nbs/01_files.ipynb #0066a855
-SEEDS = (0, 2**32 - 1)
-RATES = (1e-12, 10)  # learning rates
-
-
 def in_range(name: str, value, low: float, high: float):
     "`value`. Raises `UsageError` unless it is a number from `low` to `high`."
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if number and low <= value <= high:
         return value
     raise UsageError(f"{name} {one_line(value, 40)}; give a number from {low:g} to {high:g}")
+
+# %% ../nbs/01_files.ipynb #31d30d4a
+SEEDS = (0, 2**32 - 1)
+RATES = (1e-12, 10)  # learning rates
 
 # %% ../nbs/01_files.ipynb #df10969a
 def check_names(given, known: list[str]):
@@ -87,10 +87,10 @@ def patient_threads():
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", str(SPINS))
 
-# %% ../nbs/01_files.ipynb #182a196a
+# %% ../nbs/01_files.ipynb #23e786b2
 _HERE = re.sub(r"[^\w-]", "_", platform.node())[:40]  # this machine
 
-
+# %% ../nbs/01_files.ipynb #182a196a
 def _temporary(path: Path) -> Path:
     "A name for what becomes `path`: in it where it is a folder, else beside it; no other writer's."
     place = path if path.is_dir() else path.parent
@@ -115,7 +115,7 @@ def _remove(path: Path):
 
 # %% ../nbs/01_files.ipynb #6c4dce6a
 def _clear(folder: Path):
-    "Remove what processes of this machine were writing in `folder` when they were killed."
+    "Remove what killed processes of this machine were writing in `folder`."
     left = re.compile(rf"\..*\.{_HERE}\.(\d+)\.[0-9a-f]{{8}}\.part")
     for path in folder.glob(".*.part"):
         found = left.fullmatch(path.name)
@@ -148,17 +148,22 @@ def _check_place(path: Path, marker: str | None):
             "give another folder, or empty this one"
         )
 
+# %% ../nbs/01_files.ipynb #786a37af
+def _move_into(folder: Path, made: Path):
+    "Move the files in the folder `made` to their places in `folder`."
+    for part in sorted(p for p in made.rglob("*") if not p.is_dir()):
+        target = folder / part.relative_to(made)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(part, target)
+
 # %% ../nbs/01_files.ipynb #8a41458f
 def _move(temporary: Path, path: Path):
     "Move what was written to its place; into a folder that is there already, file by file."
-    if not (temporary.is_dir() and path.is_dir()):
-        if path.is_dir():
-            path.rmdir()  # fails unless it is empty
-        return os.replace(temporary, path)
-    for part in sorted(p for p in temporary.rglob("*") if not p.is_dir()):
-        target = path / part.relative_to(temporary)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(part, target)
+    if temporary.is_dir() and path.is_dir():
+        return _move_into(path, temporary)
+    if path.is_dir():
+        path.rmdir()  # fails unless it is empty
+    os.replace(temporary, path)
 
 # %% ../nbs/01_files.ipynb #fcefdd05
 def _elsewhere(path: Path) -> str:
@@ -172,7 +177,7 @@ def _error_number(e: Exception) -> int | None:
     told = re.search(r"os error (\d+)|: [A-Z][a-z ]+ \((\d+)\)$", str(e))
     return int(told[1] or told[2]) if told else getattr(e, "errno", None)
 
-# %% ../nbs/01_files.ipynb #4ea61d4b
+# %% ../nbs/01_files.ipynb #35d96eef
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSALS = (
     errno.EFBIG,
@@ -186,7 +191,7 @@ _REFUSALS = (
     errno.ENOENT,
 )
 
-
+# %% ../nbs/01_files.ipynb #4ea61d4b
 def _concerns(e: Exception, path: Path) -> bool:
     "Whether an error is about `path` or a folder it is in, as far as it names any file."
     named = getattr(e, "filename", None)
@@ -293,10 +298,10 @@ def free_site(out: Path, marker: str):
         _check_place(out, marker)
         _try_writing(out)
 
-# %% ../nbs/01_files.ipynb #92265af0
+# %% ../nbs/01_files.ipynb #3f24f68c
 STATE = "state.safetensors"  # where a run keeps its checkpoint
 
-
+# %% ../nbs/01_files.ipynb #92265af0
 def _check_run(out: Path, resume: bool):
     "Raise `UsageError` where the folder `out` holds more than a stopped run that is to `resume`."
     if (out / "report.json").exists():
@@ -310,9 +315,9 @@ def _check_run(out: Path, resume: bool):
 
 # %% ../nbs/01_files.ipynb #2f083581
 def free_folder(out: Path, resume: bool = False, force: bool = False):
-    """Raise `UsageError` where nothing can be written in `out`, or other things are in it.
+    """Raise `UsageError` unless `out` is empty and writable.
 
-    With `resume` it may hold a run that was stopped, with `force` anything."""
+    With `resume` it may hold a stopped run, with `force` anything."""
     with _telling(out):
         _a_folder(out)
         if not force:
@@ -335,20 +340,23 @@ def _check_file(out: Path, ours: Callable[[Path], bool], force: bool):
 
 # %% ../nbs/01_files.ipynb #b64f7dc0
 def free_file(out: Path, ours: Callable[[Path], bool], force: bool = False):
-    """Raise `UsageError` where the file `out` cannot be written, or is there and not one of `ours`.
+    """Raise `UsageError` where `out` cannot be written, or is a file and none of `ours`.
 
-    `ours(path)` tells whether a file is an earlier output of the same kind."""
+    `ours(path)` tells whether it is an earlier output of its kind."""
     with _telling(out):
         _check_file(out, ours, force)
         _try_writing(out.parent)
 
+# %% ../nbs/01_files.ipynb #41c17fed
+def _free_at(folder: Path) -> int:
+    "How many bytes are free on the disk of `folder`, which need not be there itself."
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
 # %% ../nbs/01_files.ipynb #7ee25a48
 def room(folder: Path, need: int):
-    """Raise `UsageError` unless the disk of `folder` has `need` bytes free.
-
-    The folder itself need not be there."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(there).free
+    "Raise `UsageError` unless the disk of `folder` has `need` bytes free."
+    free = _free_at(folder)
     if need > free:
         raise UsageError(
             f"about {need / 1e9:.1f} GB will be written in {folder}, and its disk has "

@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import warnings
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from functools import lru_cache
 from threading import Thread
 from unittest.mock import patch
@@ -49,36 +49,49 @@ def reachable() -> bool:
         return False
     return _answers(constants.ENDPOINT, int(time.monotonic() // 60))
 
-# %% ../nbs/03_hub.ipynb #f7619556
+# %% ../nbs/03_hub.ipynb #29b1113d
 _LOUD = ("huggingface_hub", "transformers", "datasets", "sae_lens", "fsspec", "httpx2")
 
+# %% ../nbs/03_hub.ipynb #bc88347b
+@contextmanager
+def _logs_off():
+    "Inside, `_LOUD` libraries log only what is critical."
+    levels = {log: log.level for log in map(logging.getLogger, _LOUD)}
+    for log in levels:
+        log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for log, level in levels.items():
+            log.setLevel(level)
 
+# %% ../nbs/03_hub.ipynb #f7619556
 @contextmanager
 def _quiet():
     "Inside, the libraries that load things print no warnings."
-    loggers = [logging.getLogger(name) for name in _LOUD]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels):
-            logger.setLevel(level)
+    with _logs_off(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+# %% ../nbs/03_hub.ipynb #54fd5c23
+_UNASKED = {"DISABLE_SAFETENSORS_CONVERSION": "1"}  # else transformers writes to the hub's bot
+
+# %% ../nbs/03_hub.ipynb #cb9e2dba
+@contextmanager
+def _offline():
+    "Inside, the libraries that load things ask no hub."
+    with ExitStack() as switched:
+        for config in (constants, sys.modules.get("datasets.config")):
+            if config:
+                switched.enter_context(patch.object(config, "HF_HUB_OFFLINE", True))
+        yield
 
 # %% ../nbs/03_hub.ipynb #ebf31394
 @contextmanager
 def asking(hub: bool = True):
     "Inside, the hub is asked, if `hub` and it can be reached; else only what is on this machine."
-    offline = not (hub and reachable())
-    configs = [constants, sys.modules.get("datasets.config")]
-    unasked = {"DISABLE_SAFETENSORS_CONVERSION": "1"}  # else transformers writes to the hub's bot
-    with _quiet(), patch.dict(os.environ, unasked), ExitStack() as switched:
-        for config in configs if offline else ():
-            if config:
-                switched.enter_context(patch.object(config, "HF_HUB_OFFLINE", True))
+    switch = nullcontext if hub and reachable() else _offline
+    with _quiet(), patch.dict(os.environ, _UNASKED), switch():
         yield
 
 # %% ../nbs/03_hub.ipynb #d1ae62af

@@ -87,7 +87,7 @@ def _rate(descent: Descent, step: int, steps: int) -> float:
 
 # %% ../nbs/24_loop.ipynb #af3c160a
 def _groups(params: dict, scales: dict[str, float]) -> list[dict]:
-    "Parameters by their share of the learning rate, as optimizers take them."
+    "Parameters by share of the learning rate, as optimizers take them."
     groups = {}
     for name, p in params.items():
         groups.setdefault(scales.get(name, 1.0), []).append(p)
@@ -95,16 +95,21 @@ def _groups(params: dict, scales: dict[str, float]) -> list[dict]:
 
 # %% ../nbs/24_loop.ipynb #d4c602c7
 def _adamw(params: dict, descent: Descent) -> torch.optim.AdamW:
-    "AdamW over `params`; one kernel on a GPU."
-    fused = True if all(p.is_cuda for p in params.values()) else None
+    "AdamW, one kernel on a GPU."
+    fused = all(p.is_cuda for p in params.values()) or None
     own = dict(lr=descent.lr, betas=descent.betas, weight_decay=descent.weight_decay)
     return torch.optim.AdamW(_groups(params, descent.scales), fused=fused, **own)
+
+# %% ../nbs/24_loop.ipynb #a2cac670
+def _set_rate(opt, lr: float):
+    "Give each group of parameters its share of the learning rate `lr`."
+    for group in opt.param_groups:
+        group["lr"] = lr * group["share"]
 
 # %% ../nbs/24_loop.ipynb #119cfe53
 def _descend(opt, losses_of: Callable, groups: list[dict], at: Progress, lr: float, clip: float):
     "One step of `opt` on each loss, at the rate `lr`; the losses are added to what was seen."
-    for group in opt.param_groups:
-        group["lr"] = lr * group["share"]
+    _set_rate(opt, lr)
     for i, loss in enumerate(losses_of(at.step)):
         loss.backward()
         at.seen[i].append(average(loss, list(groups[i].values())))
@@ -114,16 +119,16 @@ def _descend(opt, losses_of: Callable, groups: list[dict], at: Progress, lr: flo
     opt.zero_grad()
 
 # %% ../nbs/24_loop.ipynb #5a3a84de
-def _no_number(value: float, step: int, checkpoint) -> UsageError:
-    "The mistake of a loss that is no number."
-    told = f"the loss is {value} at step {step}"
+def _no_number(loss: float, step: int, checkpoint) -> UsageError:
+    "The mistake: a loss is no number."
+    told = f"the loss is {loss} at step {step}"
     if checkpoint and Path(checkpoint).exists():
         told += f"; the last good state is in {checkpoint}"
     return UsageError(f"{told}; start anew with a lower learning rate")
 
 # %% ../nbs/24_loop.ipynb #538aa7e7
 def _mean_loss(losses: list, stop: int, checkpoint) -> float:
-    "The mean of losses before step `stop`."
+    "The mean loss before step `stop`."
     told = torch.stack([x.float() for x in losses]).tolist()
     for step, x in enumerate(told, stop - len(told)):
         if not math.isfinite(x):

@@ -47,7 +47,7 @@ def _chunk_losses(W: Head, h: dict[str, Tensor], targets: Tensor, teacher: str) 
 
 # %% ../nbs/19_loss.ipynb #302bb7ce
 def joined(parts: list[dict]) -> dict:
-    "Losses `{kind: {model: tensor}}` that were found part by part, as if it had been one."
+    "Losses `{kind: {model: tensor}}` that were found part by part, as if in one."
     out = {}
     for kind, by_model in parts[0].items():
         out[kind] = {}

@@ -24,7 +24,7 @@ from .results import project
 
 # %% ../nbs/46_notebooks.ipynb #b981fcaa
 def dev_module(module: str):
-    "A module of the `dev` extra, imported when it is needed."
+    "A module of the `dev` extra, imported on demand."
     try:
         return importlib.import_module(module)
     except ImportError:
@@ -71,10 +71,10 @@ def defaults(name: str) -> dict:
             f"{name}: the cell tagged parameters may hold lines like `rank = 16` alone"
         ) from None
 
-# %% ../nbs/46_notebooks.ipynb #ed3e2b71
+# %% ../nbs/46_notebooks.ipynb #5f93348a
 _SPEC = str | dict[str, object]
 
-
+# %% ../nbs/46_notebooks.ipynb #ed3e2b71
 def _allowed(name: str, default):
     "What may stand in the place of a parameter's default: values of its type, and lists of such."
     if name in ("sae", "saes"):
@@ -132,6 +132,21 @@ def _tidy_output(output):
         text = output["text"].replace(str(project()), ".")
         output["text"] = text.replace(str(Path.home()), "~")
 
+# %% ../nbs/46_notebooks.ipynb #2750c73e
+def _take(cell, outputs: list):
+    "Put outputs in a cell of code, clean, and only those that last."
+    cell.execution_count = None
+    cell.outputs = [o for o in outputs if _lasting(o)]
+    for output in cell.outputs:
+        _tidy_output(output)
+
+# %% ../nbs/46_notebooks.ipynb #b24d0774
+def _tidy_cell(cell):
+    "Clean a cell in place: it keeps its tags, and a cell of code the outputs that last."
+    cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
+    if cell.cell_type == "code":
+        _take(cell, cell.outputs)
+
 # %% ../nbs/46_notebooks.ipynb #0752bd63
 def tidy(nb):
     "Clean an executed notebook in place: no standard error, widgets, times, or machine's paths."
@@ -139,13 +154,7 @@ def tidy(nb):
     nb.metadata = {"kernelspec": kernel}
     for i, cell in enumerate(nb.cells):
         cell.id = f"cell-{i:02}"
-        cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
-        if cell.cell_type != "code":
-            continue
-        cell.execution_count = None
-        cell.outputs = [o for o in cell.outputs if _lasting(o)]
-        for output in cell.outputs:
-            _tidy_output(output)
+        _tidy_cell(cell)
 
 # %% ../nbs/46_notebooks.ipynb #ed689368
 def _copy(name: str, size: str) -> Path:
@@ -157,7 +166,7 @@ def _copy(name: str, size: str) -> Path:
 
 # %% ../nbs/46_notebooks.ipynb #bdfa9c15
 def _environment(size: str, draw: bool) -> dict[str, str]:
-    "What a run finds in its environment: whether it may compute rows, and where they go."
+    "A run's environment: whether it may compute rows, and where they go."
     found = {"SAE_LORA_DRAW": "1"} if draw else {}
     if size == "smoke" and "SAE_LORA_RESULTS" not in os.environ:
         found["SAE_LORA_RESULTS"] = str(cache_path("smoke"))
@@ -205,15 +214,15 @@ def run_experiment(name: str, size: str = "laptop", draw: bool = False, **params
         nbio.write_nb(nbio.dict2nb(nb), part)
     return out
 
-# %% ../nbs/46_notebooks.ipynb #d3dacad9
+# %% ../nbs/46_notebooks.ipynb #7779f8e0
 def code_hash(nb) -> str:
     "A name for all the code of a notebook."
     code = [cell.source for cell in nb.cells if cell.cell_type == "code"]
     return hashlib.sha256("\0".join(code).encode()).hexdigest()[:16]
 
-
+# %% ../nbs/46_notebooks.ipynb #d3dacad9
 def stale_chapters() -> list[str]:
-    "The chapters whose outputs are not those of their code, by name."
+    "Chapters whose outputs are of other code, by name."
     found = []
     for path in sorted((project() / "nbs").glob("[0-9]*.ipynb")):
         nb = dev_module("nbformat").read(path, 4)
@@ -221,21 +230,25 @@ def stale_chapters() -> list[str]:
             found.append(path.stem)
     return found
 
-# %% ../nbs/46_notebooks.ipynb #745c4153
-def execute_chapter(path: Path):
-    "Run a chapter's notebook, keep its outputs in it, and note which code they are of."
-    path, nbformat = Path(path), dev_module("nbformat")
+# %% ../nbs/46_notebooks.ipynb #9cd55905
+def _outputs_of(path: Path) -> list[list]:
+    "Run a notebook as it is; the outputs of its cells."
     options = dict(kernel_name="python3", cwd=project(), progress_bar=False)
     with tempfile.TemporaryDirectory() as scratch:
         done = Path(scratch) / "done.ipynb"
         dev_module("papermill").execute_notebook(path, done, **options)
-        outputs = [cell.get("outputs", []) for cell in nbformat.read(done, 4).cells]
+        nb = dev_module("nbformat").read(done, 4)
+    return [cell.get("outputs", []) for cell in nb.cells]
+
+# %% ../nbs/46_notebooks.ipynb #745c4153
+def execute_chapter(path: Path):
+    "Run a chapter's notebook, keep its outputs in it, and note which code they are of."
+    path, nbformat = Path(path), dev_module("nbformat")
+    outputs = _outputs_of(path)
     nb = nbformat.read(path, 4)
     for cell, found in zip(nb.cells, outputs):
         if cell.cell_type == "code":
-            cell.execution_count, cell.outputs = None, [o for o in found if _lasting(o)]
-            for output in cell.outputs:
-                _tidy_output(output)
+            _take(cell, found)
     nb.metadata["code_hash"] = code_hash(nb)
     nbio = dev_module("execnb.nbio")
     with written(path) as part:

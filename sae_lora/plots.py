@@ -21,7 +21,7 @@ PALETTE = {
 }
 MARKERS = "osD^vP*X"
 
-# %% ../nbs/41_plots.ipynb #52f1ffd9
+# %% ../nbs/41_plots.ipynb #35a5c63b
 _STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
@@ -33,7 +33,7 @@ _STYLE = {
     "legend.frameon": False,
 }
 
-
+# %% ../nbs/41_plots.ipynb #52f1ffd9
 def style():
     "Set the style of all figures."
     sns.set_theme(style="whitegrid", context="notebook", rc=_STYLE)

@@ -44,17 +44,22 @@ Config = TypedDict(
 )
 Index = TypedDict("Index", {"weight_map": dict[str, str]})
 
+# %% ../nbs/08_pretrained.ipynb #0a06cc5f
+def _indexed(index: Path, mend: str) -> list[str]:
+    "Files that an index names. Raises `UsageError` for one elsewhere."
+    names = sorted(set(read_json(index, Index, mend)["weight_map"].values()))
+    for name in names:
+        if Path(name).name != name:
+            raise mistake(index, f"{name!r} leaves the folder", mend)
+    return names
+
 # %% ../nbs/08_pretrained.ipynb #b8d3ebac
 def _files(folder: Path, mend: str) -> list[Path]:
     "The files with a folder's weights."
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
-    names = sorted(set(read_json(index, Index, mend)["weight_map"].values()))
-    for name in names:
-        if Path(name).name != name:
-            raise mistake(index, f"{name!r} leaves the folder", mend)
-    return [folder / name for name in names]
+    return [folder / name for name in _indexed(index, mend)]
 
 # %% ../nbs/08_pretrained.ipynb #54984d35
 def _no_pickle(path: Path):
@@ -146,7 +151,7 @@ def _check_kind(config, where):
 
 # %% ../nbs/08_pretrained.ipynb #a08b0983
 def _check_quantised(lm, config, where, mend: str):
-    "Raise `UsageError` where a quantization is named that the weights do not have."
+    "Raise `UsageError` for a quantization that the weights lack."
     named = getattr(config, "quantization_config", None)
     if named and getattr(lm, "hf_quantizer", None) is None:
         raise mistake(where, "config.json names a quantization that its weights do not have", mend)
@@ -177,7 +182,7 @@ def _two_texts(lm) -> torch.Tensor:
 # %% ../nbs/08_pretrained.ipynb #e43f5e4a
 @torch.no_grad()
 def causal(lm) -> bool:
-    "Whether predictions depend on nothing that comes after."
+    "Whether no prediction depends on what comes after."
     z = lm(input_ids=_two_texts(lm), use_cache=False).logits[:, :3].float().cpu()
     slack = 1e-4 if lm.dtype == torch.float32 else 5e-2
     return torch.allclose(z[0], z[1], rtol=0, atol=slack * float(z.abs().max()), equal_nan=True)
@@ -207,10 +212,10 @@ def check_causal(lm):
     told = f"{lm.config.model_type} looks at later tokens, so it is no causal language model"
     raise mistake(f"model {lm.name_or_path[-99:]!r}", told, "give a decoder-only model")
 
-# %% ../nbs/08_pretrained.ipynb #e8c38ae8
+# %% ../nbs/08_pretrained.ipynb #640af672
 _GIVE = f"give {', '.join(EMBEDDED)}, a hub id, folder or .gguf file"
 
-
+# %% ../nbs/08_pretrained.ipynb #e8c38ae8
 def _found(name: str) -> tuple[Path | str, bool]:
     "Where a model is: a path, or a hub id; and whether it is here."
     if name in EMBEDDED:

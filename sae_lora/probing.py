@@ -19,14 +19,14 @@ from .latents import latents_at
 from .metrics import bootstrap
 from .text import text_rows
 
-# %% ../nbs/35_probing.ipynb #ae23528d
+# %% ../nbs/35_probing.ipynb #35dd29b4
 def _short_first(path: Path) -> tuple[int, str]:
     "Files in the order of the length of their names."
     return len(path.stem), path.stem
 
-
+# %% ../nbs/35_probing.ipynb #ae23528d
 def _library(package: str, n: int) -> list[str]:
-    "The first `n` docstrings of a package that do not name it, at most three of each file."
+    "The first `n` docstrings of a package without its name, up to three a file."
     out = []
     for docs in package_docstrings(package, key=_short_first):
         out += [d for d in docs[:3] if package not in d.lower()]
@@ -49,10 +49,10 @@ def _from_csv(file, n: int) -> dict[str, list[str]]:
                 own.append(". ".join(cells))
     return by
 
-# %% ../nbs/35_probing.ipynb #b726c557
+# %% ../nbs/35_probing.ipynb #31dcc387
 LIBRARIES = ("torch", "scipy", "sympy", "matplotlib")
 
-
+# %% ../nbs/35_probing.ipynb #b726c557
 def labelled(source="docs", n: int = 200) -> tuple[list[str], list[str]]:
     """At most `n` texts of each class, and the class of each text.
 

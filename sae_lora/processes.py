@@ -32,16 +32,21 @@ def own_rows(rows: Tensor) -> Tensor:
     "This process's part of the indices of a batch's rows; all of them where there is but one."
     return rows[processes().process_index :: processes().num_processes] if processes() else rows
 
+# %% ../nbs/09_processes.ipynb #18a769e0
+def _means(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    "The means of tensors over all processes, flat, by one exchange."
+    from accelerate.utils import reduce
+
+    mine = torch.cat([t.flatten() for t in tensors])
+    return reduce(mine, "mean").split([t.numel() for t in tensors])
+
 # %% ../nbs/09_processes.ipynb #41a5f311
 def average(loss: Tensor, params: list[nn.Parameter]) -> Tensor:
     "Average the gradients of `params`, in place, and the loss over all processes."
     loss = loss.detach()
     if not processes():
         return loss
-    from accelerate.utils import reduce
-
-    mine = torch.cat([*(p.grad.flatten() for p in params), loss.view(1)])
-    *means, loss = reduce(mine, "mean").split([*(p.numel() for p in params), 1])
+    *means, loss = _means([*(p.grad for p in params), loss])
     for p, mean in zip(params, means):
         p.grad.copy_(mean.view_as(p))
     return loss[0]

@@ -56,14 +56,18 @@ def _one_class(points: Points, y: np.ndarray, c, split, n: int, seed: int) -> _O
     latents = (_differences(F[fit], own).clamp_min(0) * _weights(D, probe)).topk(n).indices
     return _OneClass(probe, test, y[test] == c, latents)
 
+# %% ../nbs/36_removal.ipynb #e3644b1f
+def _accuracy_at(x: np.ndarray, c: _OneClass) -> float:
+    "The accuracy of a class's probe at its items, given as points `x`."
+    return float((c.probe.predict(x) == c.own).mean())
+
 # %% ../nbs/36_removal.ipynb #652c78ea
 def _falls(points: Points, classes: list[_OneClass], latents: Tensor) -> list[float]:
     "By how much the accuracy of each class's probe falls as some latents are removed."
     out = []
     for c in classes:
-        before = c.probe.predict(points.X[c.items].numpy()) == c.own
-        after = c.probe.predict(points.without(c.items, latents)) == c.own
-        out.append(float(before.mean()) - float(after.mean()))
+        before = _accuracy_at(points.X[c.items].numpy(), c)
+        out.append(before - _accuracy_at(points.without(c.items, latents), c))
     return out
 
 # %% ../nbs/36_removal.ipynb #544dd893

@@ -48,7 +48,7 @@ def longest_row(lm) -> float:
 
 # %% ../nbs/49_report.ipynb #38b83aac
 def check_length(lm, length: int):
-    "Raise `UsageError` where rows of `length` are longer than what `lm` was made for."
+    "Raise `UsageError` for rows of a `length` that `lm` was not made for."
     most = longest_row(lm)
     if length > most:
         raise UsageError(
@@ -96,17 +96,24 @@ def report(lm, saes: dict, blocks: Blocks, keep: str = "special", **about) -> di
     losses = dict(valid_tokens=r.pop("tokens")) | r
     return what | about | losses | _means(own) | _machine(device_of(lm))
 
+# %% ../nbs/49_report.ipynb #e7fc1666
+def _where(saes: list[dict]) -> str:
+    "The SAEs of a report with their layers, in words."
+    layers = ", ".join(str(s["layer"]) for s in saes)
+    return f"the SAEs in at layers {layers}" if len(saes) > 1 else f"the SAE in at layer {layers}"
+
+# %% ../nbs/49_report.ipynb #8247b6f3
+def _cost(r: dict) -> str:
+    "What the splice costs, in words."
+    low, high = r["ci95"]["gap"]
+    return f"{r['gap']:.3f} nats per token (95% interval {low:.3f} to {high:.3f})"
+
 # %% ../nbs/49_report.ipynb #91e5e937
 def sentence(r: dict) -> str:
     "What happened, in one sentence: what the splice costs, and what the adapter wins back of it."
-    where = ", ".join(str(s["layer"]) for s in r["saes"])
-    what = f"the SAE in at layer {where}"
-    if len(r["saes"]) > 1:
-        what = f"the SAEs in at layers {where}"
-    low, high = r["ci95"]["gap"]
-    costs = f"{r['gap']:.3f} nats per token (95% interval {low:.3f} to {high:.3f})"
+    what = f"{_where(r['saes'])} of {r['model']}"
     text = f"{r['valid_tokens']:,} held-out tokens of {r['text']} text"
-    return f"Splicing {what} of {r['model']} costs {costs} on {text}; {won_back(r)}."
+    return f"Splicing {what} costs {_cost(r)} on {text}; {won_back(r)}."
 
 # %% ../nbs/49_report.ipynb #0ef5a192
 def stretches(lm, saes: dict, rows: Tensor, n: int = 3, width: int = 48) -> list[dict]:

@@ -26,14 +26,18 @@ def key(parameters: dict) -> str:
     "Twelve hexadecimal digits that name a set of parameters, whatever their order."
     return hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()[:12]
 
+# %% ../nbs/40_results.ipynb #d6e4af8f
+def _processor() -> str:
+    "The processor, its kernels, and the number of threads."
+    kernels = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} {kernels}, {torch.get_num_threads()} threads"
+
 # %% ../nbs/40_results.ipynb #45b11ef7
 def _device() -> str:
-    "The GPU, or the processor with its kernels and the number of threads."
+    "The GPU, or the processor where there is none."
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    kernels = torch.backends.cpu.get_cpu_capability()
-    cpu = f"{platform.machine()} {kernels}, {torch.get_num_threads()} threads"
-    return f"{cpu}, mps" if torch.backends.mps.is_available() else cpu
+    return f"{_processor()}, mps" if torch.backends.mps.is_available() else _processor()
 
 # %% ../nbs/40_results.ipynb #111c1563
 def provenance() -> dict:
@@ -41,10 +45,10 @@ def provenance() -> dict:
     packages = {p: version(p) for p in ("sae_lora", "torch", "transformers", "peft")}
     return packages | {"python": platform.python_version(), "device": _device()}
 
-# %% ../nbs/40_results.ipynb #fbd96f36
+# %% ../nbs/40_results.ipynb #0a78ed46
 Row = TypedDict("Row", {"key": str, "parameters": dict, "metrics": dict})
 
-
+# %% ../nbs/40_results.ipynb #fbd96f36
 class Results:
     "The rows of one `.jsonl` file."
 

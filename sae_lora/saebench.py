@@ -36,7 +36,7 @@ def _clean_sae_zero(lm, saes: dict, zeros: dict, batch: dict, clean: str, keep: 
 
 # %% ../nbs/34_saebench.ipynb #255108ba
 def _sums(W, h: dict, wanted: Tensor) -> dict[str, float]:
-    "Losses against the clean model, summed over tokens: `ce_clean`, `kl_sae` and so on."
+    "Losses against the clean model, summed over tokens: `ce_clean`, `kl_sae`, …"
     out = {}
     for kind, by in losses(W, h, wanted, teacher="clean").items():
         out |= {f"{kind}_{model}": float(x.cpu().double().sum()) for model, x in by.items()}

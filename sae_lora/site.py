@@ -49,7 +49,7 @@ def chapters() -> list[Chapter]:
         found.append(Chapter(number, name, title, about, f"nbs/{path.name}"))
     return found
 
-# %% ../nbs/47_site.ipynb #acdb7c3d
+# %% ../nbs/47_site.ipynb #3080fd8e
 PARTS = {
     "Model, text, SAE": "files",
     "The splice": "splice",
@@ -58,7 +58,7 @@ PARTS = {
     "Running it": "results",
 }
 
-
+# %% ../nbs/47_site.ipynb #acdb7c3d
 def parts() -> dict[str, list[Chapter]]:
     "The chapters by part of the book."
     begins = {name: part for part, name in PARTS.items()}
@@ -101,14 +101,14 @@ def _experiments() -> str:
     "The experiments as entries of Quarto's sidebar."
     return "\n".join(f"          - nbs/experiments/{name}.ipynb" for name in experiments())
 
-# %% ../nbs/47_site.ipynb #373ddf0a
+# %% ../nbs/47_site.ipynb #5782fdd2
 LISTS = {
     "README.md": {"chapters": _table},
     "_quarto.yml": {"chapters": _sidebar, "experiments": _experiments},
     "index.qmd": {"chapters": _words},
 }
 
-
+# %% ../nbs/47_site.ipynb #373ddf0a
 def between(text: str, name: str, new: str) -> str:
     "A text with `new` between the line that says `NAME: begin` and the one that says `NAME: end`."
     begin, end = (rf"[^\n]*\b{name}: {word}\b[^\n]*" for word in ("begin", "end"))
@@ -120,7 +120,7 @@ def between(text: str, name: str, new: str) -> str:
 
 # %% ../nbs/47_site.ipynb #cc20d64e
 def listed() -> dict[str, str]:
-    "The three files as they should be, by name: what is there, with today's lists in it."
+    "The three files by name: what is there, with today's lists in it."
     found = {}
     for name, lists in LISTS.items():
         text = (project() / name).read_text()
@@ -131,7 +131,7 @@ def listed() -> dict[str, str]:
 
 # %% ../nbs/47_site.ipynb #c723d8fb
 def write_lists() -> list[str]:
-    "Bring the lists up to date; the names of the files that changed, none where all was current."
+    "Bring the lists up to date; the names of the files that changed."
     changed = {n: t for n, t in listed().items() if t != (project() / n).read_text()}
     for name, text in changed.items():
         with written(project() / name) as part:
@@ -224,11 +224,11 @@ def stage_site(folder: Path):
         subprocess.run([sys.executable, "-c", NBDEV], check=True)
     shutil.copytree(folder / "_proc", folder / "nbs", dirs_exist_ok=True)
 
-# %% ../nbs/47_site.ipynb #7c57a774
+# %% ../nbs/47_site.ipynb #dd0bfff9
 _MATH = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)
 _KATEX = re.compile(r"<(?:link|script)\b[^>]*\bkatex\b[^>]*>(?:</script>)?")
 
-
+# %% ../nbs/47_site.ipynb #7c57a774
 def mathml(page: Path):
     """Turn the formulas of a page that smalldocs made into MathML, and drop the script that would
     have drawn them."""

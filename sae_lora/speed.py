@@ -110,22 +110,24 @@ def time_to_loss(b: Bench) -> dict:
 
 # %% ../nbs/45_speed.ipynb #20d0ea48
 def matmul_rate(dtype: torch.dtype, where: torch.device) -> float:
-    "Operations a second of a product of two square matrices: the device's own rate."
+    "Operations a second in matrix products: the device's rate."
     n = 2048 if where.type == "cpu" else 8192
     a = torch.randn(n, n, device=where).to(dtype)
     taken = [_timed(lambda: a @ a) for _ in range(8)]
     return 2 * n**3 / statistics.median(taken[2:])
 
+# %% ../nbs/45_speed.ipynb #be4389f2
+def _shapes(lm, blocks: range) -> list[torch.Size]:
+    "The shapes of the linear maps in some decoder blocks."
+    modules = dict(lm.named_modules())
+    return [modules[name].weight.shape for i in blocks for name in linears(lm, i)]
+
 # %% ../nbs/45_speed.ipynb #852a8d24
 def needed(lm, saes: dict, rank: int) -> int:
     "Operations that one token of training needs, counted from shapes."
-    at, modules = max(saes), dict(lm.named_modules())
-
-    def shapes(blocks) -> list:
-        return [modules[n].weight.shape for i in blocks for n in linears(lm, i)]
-
-    before = sum(s.numel() for s in shapes(range(at + 1)))
-    later = shapes(range(at + 1, len(decoder_blocks(lm))))
+    at = max(saes)
+    before = sum(s.numel() for s in _shapes(lm, range(at + 1)))
+    later = _shapes(lm, range(at + 1, len(decoder_blocks(lm))))
     after = sum(s.numel() for s in later)
     lora = sum(rank * sum(s) for s in later)
     sae = sum(s.W_enc.numel() for s in saes.values())
@@ -215,7 +217,7 @@ def _seconds_of(b: Bench, some: list[int]) -> float:
 
 # %% ../nbs/45_speed.ipynb #9e445784
 def sweep_of_ranks(b: Bench) -> dict:
-    "Seconds for the rank `single`, and for all `ranks` in one pass: medians of three."
+    "Seconds for rank `single`, and all `ranks` in one pass: medians of three."
     one, all = [], []
     for _ in range(3):
         one.append(_seconds_of(b, [b.p["single"]]))
@@ -234,7 +236,7 @@ def splice_cost(b: Bench) -> dict:
 
 # %% ../nbs/45_speed.ipynb #d7026236
 def peak(device: str | None = None) -> int:
-    "The most memory that was held, in bytes: of CUDA, or of this process."
+    "The most memory held, in bytes: of CUDA, or of this process."
     if device:
         return torch.cuda.max_memory_allocated()
     status = Path("/proc/self/status").read_text()  # what getrusage says includes the parent's

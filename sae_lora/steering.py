@@ -85,7 +85,7 @@ def scaled_change(plain: Tensor, steered: Tensor) -> Tensor:
 
 # %% ../nbs/33_steering.ipynb #ee1e20ce
 def mean_interval(x: Tensor, level: float = 0.9) -> dict:
-    "The mean of `x` `(n,)`, its interval from resampling (none for a single number), and `n`."
+    "Mean of `x` `(n,)`, its interval (none of one number), `n`."
     n, ends = len(x), [None, None]
     if n > 1:
         ends = bootstrap(lambda w: w @ x.double() / n, n, samples=10_000, level=level)
@@ -113,17 +113,19 @@ def _sides(by: dict[str, Tensor]) -> dict[str, Tensor]:
     others = [x for name, x in by.items() if name != "positive"]
     return {"positive": by["positive"], "negative": torch.cat(others)}
 
+# %% ../nbs/33_steering.ipynb #71b7f5cb
+def _of_side(by_model: dict[str, dict[str, Tensor]], side: str) -> dict:
+    "Means on one side by model, and of the difference of two models, from δ `{model: {side: δ}}`."
+    delta = {model: sides[side] for model, sides in by_model.items()}
+    if len(delta) == 2:
+        delta["difference"] = delta["adapted_unspliced"] - delta["base"]
+    return {name: mean_interval(x) for name, x in delta.items()}
+
 # %% ../nbs/33_steering.ipynb #b510b036
 def _means(changes: dict[str, dict[str, Tensor]]) -> dict:
-    "Means by side and model, and of the difference of two models, from δ `{model: {set: δ}}`."
+    "Means by side and model, from δ `{model: {set: δ}}`."
     by_model = {model: _sides(by) for model, by in changes.items()}
-    out = {}
-    for side in ("positive", "negative"):
-        delta = {model: sides[side] for model, sides in by_model.items()}
-        if len(delta) == 2:
-            delta["difference"] = delta["adapted_unspliced"] - delta["base"]
-        out[side] = {name: mean_interval(x) for name, x in delta.items()}
-    return out
+    return {side: _of_side(by_model, side) for side in ("positive", "negative")}
 
 # %% ../nbs/33_steering.ipynb #0cba241e
 def steering_effect(
@@ -143,10 +145,16 @@ def steering_effect(
             changes[kind][model] = by_set
     return {kind: _means(by_model) for kind, by_model in changes.items()}
 
-# %% ../nbs/33_steering.ipynb #d0fc9bc2
+# %% ../nbs/33_steering.ipynb #875d6c5d
 ALPHAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
 
+# %% ../nbs/33_steering.ipynb #c27c72e4
+def _score(by_set: dict[str, Tensor]) -> float:
+    "The mean δ on `positive` less the mean |δ| on the other sets."
+    sides = _sides(by_set)
+    return float(sides["positive"].mean() - sides["negative"].abs().mean())
 
+# %% ../nbs/33_steering.ipynb #d0fc9bc2
 def tune_alpha(
     lm, tok, sae, layer: int, latent: int, sets: dict[str, list[str]], alphas=ALPHAS
 ) -> tuple[float, dict[float, float]]:
@@ -155,8 +163,5 @@ def tune_alpha(
     For the base model, with the log-likelihood `fixed`."""
     with without_lora(lm):
         changes = steering_changes(lm, tok, sae, layer, latent, sets, alphas)
-    scores = {}
-    for alpha, by in changes.items():
-        sides = _sides(by["fixed"])
-        scores[alpha] = float(sides["positive"].mean() - sides["negative"].abs().mean())
+    scores = {alpha: _score(by["fixed"]) for alpha, by in changes.items()}
     return max(scores, key=scores.get), scores

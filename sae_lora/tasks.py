@@ -78,12 +78,17 @@ def _loaded(tasks: list, data) -> tuple[dict, dict]:
             families[family] = names
     return _load(specs, local, data), families
 
+# %% ../nbs/39_tasks.ipynb #57cace44
+def _wilson(items: list[float]) -> list[float]:
+    "Wilson's 95 % interval of the share of items that are right."
+    found = stats.binomtest(int(sum(items)), len(items)).proportion_ci(method="wilson")
+    return [float(found.low), float(found.high)]
+
 # %% ../nbs/39_tasks.ipynb #2532c7fd
 def _interval(value: float, stderr: float | None, items: list[float]) -> list[float] | None:
-    "The 95 % interval of a score: Wilson's of right and wrong items, else from the standard error."
+    "The 95 % interval: Wilson's of right and wrong, else by the standard error."
     if items and set(items) <= {0.0, 1.0}:
-        found = stats.binomtest(int(sum(items)), len(items)).proportion_ci(method="wilson")
-        return [float(found.low), float(found.high)]
+        return _wilson(items)
     return None if stderr is None else [value - 1.96 * stderr, value + 1.96 * stderr]
 
 # %% ../nbs/39_tasks.ipynb #e32c8077
@@ -140,15 +145,21 @@ def _one_beginning(HFLM):
 
     return Model
 
-# %% ../nbs/39_tasks.ipynb #0f509cb8
-@contextmanager
-def _harness(lm):
-    "lm-eval's `evaluate` and its model class, quiet; afterwards `lm` is in the mode it was in."
+# %% ../nbs/39_tasks.ipynb #50db42ce
+def _lm_eval() -> tuple:
+    "lm-eval's `evaluate` and its model class."
     try:
         from lm_eval.evaluator import evaluate
         from lm_eval.models.huggingface import HFLM
     except ImportError as e:
         raise UsageError(f"benchmarks need lm-eval ({e}); pip install 'sae_lora[tasks]'") from None
+    return evaluate, HFLM
+
+# %% ../nbs/39_tasks.ipynb #0f509cb8
+@contextmanager
+def _harness(lm):
+    "lm-eval's `evaluate` and its model class, quiet; afterwards `lm` is in the mode it was in."
+    evaluate, HFLM = _lm_eval()
     log, mode = logging.getLogger("lm_eval"), lm.training
     level = log.level
     log.setLevel(logging.ERROR)

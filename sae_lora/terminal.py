@@ -22,7 +22,7 @@ def _switches(model: str) -> tuple[str, str]:
 
 # %% ../nbs/53_terminal.ipynb #674735b4
 def _closed(r: dict, model: str, share: str) -> str:
-    "A share with its interval, where `model` is the one it belongs to and there is one to tell."
+    "A share with its interval; nothing where `model` has none to tell."
     if model != "adapted" or share == "gap_closed" and no_share(r):
         return ""
     low, high = r["ci95"][share]
@@ -30,11 +30,11 @@ def _closed(r: dict, model: str, share: str) -> str:
 
 # %% ../nbs/53_terminal.ipynb #84b7b54b
 def _row(r: dict, model: str) -> list[str]:
-    "The row of one model in the table."
+    "One row of the table."
     kl = f"{r['kl'][model]:.4f}" if model in r["kl"] else "–"
     ce = f"{r['ce'][model]:.4f}"
-    shares = [_closed(r, model, share) for share in ("gap_closed", "kl_closed")]
-    return [model.replace("_", ", "), *_switches(model), ce, shares[0], kl, shares[1]]
+    gap, kl_gap = (_closed(r, model, share) for share in ("gap_closed", "kl_closed"))
+    return [model.replace("_", ", "), *_switches(model), ce, gap, kl, kl_gap]
 
 # %% ../nbs/53_terminal.ipynb #9724816d
 def show(r: dict, console: Console):

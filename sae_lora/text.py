@@ -63,10 +63,10 @@ def separator(tok, token: str | None = None) -> int:
 
 # %% ../nbs/06_text.ipynb #b103fd21
 def _before_text(tok) -> list[int]:
-    "The ids that the tokenizer itself puts before a text; what it puts after one is left out."
+    "The ids that a tokenizer puts before a text, none that it puts after."
     whole = tok(["x"]).input_ids[0]
     text = tok(["x"], add_special_tokens=False).input_ids[0]
-    for n in range(len(whole) - len(text) + 1):
+    for n in range(len(whole)):
         if whole[n : n + len(text)] == text:
             return list(whole[:n])
     return []
@@ -144,7 +144,7 @@ def _apart(ids: list[list[int]], length: int, sep: int, start: list[int]) -> Ten
 def targets(rows: Tensor) -> Tensor:
     """What is to be predicted at each position but the last, `(rows, length − 1)`: the next id.
 
-    −1 where nothing is: before padding, and before the beginning of a document."""
+    −1 where nothing is: before padding, and before a document begins."""
     ids = token_ids(rows)
     if rows.dim() == 3:
         ids = torch.where(rows[:, 1] < 0, -1, ids)
@@ -239,12 +239,16 @@ class Blocks:
         shapes = f"train {tuple(self.train.shape)}, valid {tuple(self.valid.shape)}"
         return f"Blocks({self.source}: {shapes}, hash {self.hash})"
 
+# %% ../nbs/06_text.ipynb #ab5e453c
+def _versions(source: str) -> dict[str, str]:
+    "The versions of the packages whose docstrings are in a text."
+    return {p: version(p) for p in DOCS} if source in ("docs", "default", "broad") else {}
+
 # %% ../nbs/06_text.ipynb #d8a7c62b
 def _blocks(train: Tensor, valid: Tensor, source: str) -> Blocks:
-    "Rows as `Blocks`; with versions of packages where their docstrings are in the text."
+    "Rows as `Blocks`."
     digest = hashlib.sha256(valid.numpy().tobytes()).hexdigest()[:12]
-    versions = {p: version(p) for p in DOCS} if source in ("docs", "default", "broad") else {}
-    return Blocks(train, valid, source, digest, versions)
+    return Blocks(train, valid, source, digest, _versions(source))
 
 # %% ../nbs/06_text.ipynb #1b0a6cbf
 def _check_length(length: int, n: int):

@@ -17,7 +17,7 @@ from .train import fit_kl, trainable_lora
 
 # %% ../nbs/28_variants.ipynb #b61105b7
 def set_trainable(module: nn.Module, names=None) -> dict[str, nn.Parameter]:
-    "The parameters of a module, or those with the given `names`, set to receive gradient."
+    "The parameters of a module, or those with `names`, set to receive gradient."
     chosen = {n: p for n, p in module.named_parameters() if names is None or n in names}
     for p in chosen.values():
         p.requires_grad_(True)

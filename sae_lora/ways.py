@@ -60,7 +60,7 @@ def _adapter(lm, saes: dict, rows: Tensor, p: dict):
 # %% ../nbs/43_ways.ipynb #d936151c
 @contextmanager
 def _adapter_and_saes(lm, saes: dict, rows: Tensor, p: dict):
-    "An adapter after the SAE, and a copy of the SAE, together."
+    "An adapter, and a copy of the SAE, together."
     own = copy.deepcopy(saes)
     add_lora(lm, saes, p["rank"], seed=p["seed"])
     try:
