@@ -21,7 +21,7 @@ from .processes import leads, processes
 from .recipes import check_budget, recipe_of
 from .report import check_length, held_out, report, run_folder, write_report
 from .sae import load_sae
-from .sites import hook_name, layer_of
+from .sites import site_of
 from .splice import check_saes
 from .text import Blocks, model_inputs, token_blocks
 from .train import fit_lora, fuses
@@ -37,10 +37,10 @@ class Ready(NamedTuple):
 
 # %% ../nbs/51_adapt.ipynb #9672a0bc
 def _saes_for(lm, saes: dict | None) -> dict:
-    "SAEs by layer, each checked against `lm`; the embedded one where none are given."
+    "SAEs by site, each checked against `lm`; the embedded one where none are given."
     if not saes:
         embedded = load_sae("default")
-        saes = {layer_of(hook_name(embedded)): embedded}
+        saes = {site_of(embedded): embedded}
     return check_saes(lm, saes)
 
 # %% ../nbs/51_adapt.ipynb #3507a514
@@ -212,7 +212,7 @@ def run_adapt(  # noqa: PLR0913, the options of a command
 ) -> AdaptedRun:
     """Check, splice, adapt, measure and save to the folder `out`.
 
-    `saes` is `{layer: SAE}`, by default the embedded one. The budget is `tokens`, or where these
+    `saes` is `{site: SAE}`, by default the embedded one. The budget is `tokens`, or where these
     are `None` what is trained on in `minutes`. `cut` is `token_blocks`'; with `spread` processes
     share the model. With `resume` the stopped run in `out` goes on, with `force` what is there is
     written over. `told(found)` gets what the check found, before training. `changes` (`lr`,

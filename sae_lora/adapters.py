@@ -30,7 +30,15 @@ from .lm import load_lm, special_ids
 from .lora import lora_parameters
 from .model_card import model_card
 from .sae import fingerprint, load_sae, save_sae
-from .sites import hook_name, hook_point, in_words, replaced_name, site_of
+from sae_lora.sites import (
+    hook_name,
+    hook_point,
+    in_words,
+    replaced_name,
+    site_entry,
+    site_in,
+    site_of,
+)
 from .splice import KEEP, check_saes, splice
 
 # %% ../nbs/17_adapters.ipynb #efb17575
@@ -38,8 +46,7 @@ def _sae_entry(site, sae) -> dict:
     "What `sae_lora.json` says of an SAE."
     cfg = sae.cfg
     return dict(
-        layer=site if isinstance(site, int) else site.layer,
-        site=hook_point(site),
+        **site_entry(site),
         source=cfg.metadata.source or "memory",
         fingerprint=fingerprint(sae),
         hook_name=hook_name(sae),
@@ -60,17 +67,12 @@ def _describe(lm, saes: dict, keep: str, metrics: dict) -> dict:
         versions={p: version(p) for p in ("torch", "transformers", "peft")},
     )
 
-# %% ../nbs/17_adapters.ipynb #899f73e8
-def _at(entry: dict):
-    "The site of an SAE by its entry; one of version 0.1.0 has but a layer."
-    return site_of(entry.get("site", entry["layer"]))
-
 # %% ../nbs/17_adapters.ipynb #f7791489
 def _save_saes(entries: list[dict], saes: dict, folder: Path):
     "Save the SAEs that are nowhere else for a reader; their entries then name them in `folder`."
     for entry in entries:
         if entry["source"] == "memory" or Path(entry["source"]).exists():
-            site = _at(entry)
+            site = site_in(entry)
             name = "-".join(["sae", *re.findall(r"\w+", str(site).removeprefix("blocks"))])
             save_sae(saes[site], folder / name)
             entry["source"] = name
@@ -139,11 +141,11 @@ _About = TypedDict(
 def _site_in(where: Path, entry: dict):
     "The site of an entry of the file `where`. Raises where it is none, or of another layer."
     try:
-        site = _at(entry)
+        site = site_in(entry)
     except UsageError as e:
         raise mistake(where, said(e, 120), _MEND) from None
     if entry["layer"] not in (site, getattr(site, "layer", None)):
-        raise mistake(where, f"an SAE at {in_words(site)} has layer {entry['layer']}", _MEND)
+        raise mistake(where, f"{hook_point(site)} is not in layer {entry['layer']}", _MEND)
     return site
 
 # %% ../nbs/17_adapters.ipynb #a4ada809
@@ -171,7 +173,7 @@ def _source(folder: Path, source: str) -> str | Path:
 # %% ../nbs/17_adapters.ipynb #61b55947
 def _check_weights(entry: dict, saes: dict):
     "Raise `UsageError` unless `saes` has the SAE of an entry, at its site."
-    site = _at(entry)
+    site = site_in(entry)
     has = fingerprint(saes[site]) if site in saes else "none given there"
     if has != entry["fingerprint"]:
         raise UsageError(
@@ -193,10 +195,10 @@ def _own_saes(lm, folder: Path, entries: list[dict], given: dict | None) -> dict
     if given:
         saes = {canonical(lm, site_of(where)): sae for where, sae in given.items()}
     else:
-        saes = {_at(e): load_sae(_source(folder, e["source"])) for e in entries}
+        saes = {site_in(e): load_sae(_source(folder, e["source"])) for e in entries}
     for entry in entries:
         _check_weights(entry, saes)
-        _check_site(lm, folder, _at(entry), saes[_at(entry)])
+        _check_site(lm, folder, site_in(entry), saes[site_in(entry)])
     return saes
 
 # %% ../nbs/17_adapters.ipynb #0c3c9bab

@@ -27,6 +27,7 @@ from .lora import add_lora, lora_parameters
 from .metrics import fidelity, sparsity
 from .model_card import no_share
 from .recipes import recipe_of
+from .sites import in_words, site_entry, site_in
 from .splice import check_saes
 from .text import beginning, model_inputs, separator
 from .train import fit_lora
@@ -159,12 +160,13 @@ def timed_steps(lm, saes: dict, rows: Tensor, training: dict, steps: int = 4) ->
     return [end - start for start, end in zip(ends, ends[1:])]
 
 # %% ../nbs/48_check.ipynb #cef87932
-def _seen(lm, layer: int, sae, rows: Tensor, keep: str) -> dict:
+def _seen(lm, site, sae, rows: Tensor, keep: str) -> dict:
     "What one SAE does on `rows`, beside what its file promises."
-    own = sparsity(lm, sae, layer, rows, keep)
+    own = sparsity(lm, sae, site, rows, keep)
     source = getattr(getattr(sae.cfg, "metadata", None), "source", None) or "memory"
     promised = promised_l0(sae)
-    return dict(layer=layer, source=source, l0=own["l0"], promised_l0=promised, fvu=own["fvu"])
+    seen = dict(source=source, l0=own["l0"], promised_l0=promised, fvu=own["fvu"])
+    return site_entry(site) | dict(architecture=sae.cfg.architecture()) | seen
 
 # %% ../nbs/48_check.ipynb #85d0d58c
 def _trial(lm, saes: dict, rows: Tensor, adapter: dict, training: dict, steps: int) -> tuple:
@@ -211,7 +213,7 @@ def preflight(
     run would."""
     saes, keep = check_saes(lm, saes), training.get("keep", "special")
     began = time.perf_counter()
-    own = [_seen(lm, layer, sae, rows, keep) for layer, sae in saes.items()]
+    own = [_seen(lm, site, sae, rows, keep) for site, sae in saes.items()]
     looking = time.perf_counter() - began
     ways = beginning_losses(lm, tok, rows[:8])
     r, pace = _trial(lm, saes, rows, adapter, training, steps)
@@ -289,7 +291,7 @@ def _of_text(p: dict) -> list[str]:
 def _of_sae(s: dict) -> list[str]:
     "Warnings of one SAE."
     said, promised = [], s["promised_l0"]
-    at = f"the SAE at layer {s['layer']}"
+    at = f"the SAE at {in_words(site_in(s))}"
     if promised and not promised / L0_RATIO <= s["l0"] <= promised * L0_RATIO:
         said.append(
             f"L0 of {at} is {s['l0']:.0f} where {promised:.0f} was promised; it belongs to "
@@ -341,7 +343,7 @@ def _line_of_sae(s: dict) -> tuple[str, str]:
     "The line of one SAE, in two parts."
     promised = f", {s['promised_l0']:.0f} promised" if s["promised_l0"] else ""
     unexplained = f"{100 * s['fvu']:.0f} % of the variance unexplained"
-    return f"SAE at {s['layer']}", f"L0 {s['l0']:.0f}{promised}; {unexplained}"
+    return f"SAE at {site_in(s)}", f"L0 {s['l0']:.0f}{promised}; {unexplained}"
 
 # %% ../nbs/48_check.ipynb #585ca652
 def summary(p: dict) -> list[str]:

@@ -220,6 +220,9 @@ def train_sae(
     model: options.Model = "smollm2-135m",
     text: options.Source = "default",
     layer: options.SaeLayer = 14,
+    site: options.SaeSite = None,
+    transcoder: options.Transcoder = False,
+    skip: options.Skip = False,
     width: options.Width = 4608,
     k: options.K = 32,
     tokens: options.Tokens = 3 * 2**21,
@@ -245,6 +248,7 @@ def train_sae(
     from sae_lora.sae_run import run_train_sae, sae_card
 
     settings = dict(layer=layer, width=width, k=k, tokens=tokens, text_tokens=text_tokens, lr=lr)
+    settings |= dict(site=site, transcoder=transcoder, skip=skip)
     settings |= dict(batch=batch, valid_tokens=valid_tokens, half=half, device=device, seed=seed)
     r = run_train_sae(out, model, text, **settings, resume=resume, force=force)
     print(json.dumps(r, indent=1) if as_json else sae_card(r).split("---\n")[-1])

@@ -8,6 +8,8 @@ __all__ = ['CARD', 'no_share', 'won_back', 'model_card']
 # %% ../nbs/16_model_card.ipynb #be3a3ffb
 import math
 
+from .sites import in_words, site_in
+
 # %% ../nbs/16_model_card.ipynb #8895f539
 def no_share(r: dict) -> str | None:
     "Why no share of the gap in `r`, as `fidelity` gives it, can be told; `None` where one can."
@@ -77,11 +79,11 @@ tags: [sae-lora, lora, sparse-autoencoder]
 
 # LoRA adapter for {model} with its SAE spliced in
 
-With the sparse autoencoder named below in place of the hidden state at its layer, this adapter
+With the sparse autoencoder named below in place of what stands at its site, this adapter
 wins back part of the cross-entropy that the splice costs
 ("Low-Rank Adapting Models for Sparse Autoencoders", arXiv 2501.19406).
 
-| SAE | layer | latents | source | fingerprint |
+| SAE | site | latents | source | fingerprint |
 | --- | --- | --- | --- | --- |
 {saes}
 
@@ -101,7 +103,9 @@ with spliced(): print(tok.decode(lm.generate(**tok("Once", return_tensors="pt").
 def model_card(about: dict, config) -> str:
     "The model card of an adapter."
     rows = [
-        "| {architecture} | {layer} | {d_sae} | {source} | `{fingerprint}` |".format(**sae)
+        "| {architecture} | {at} | {d_sae} | {source} | `{fingerprint}` |".format(
+            at=in_words(site_in(sae)), **sae
+        )
         for sae in about["saes"]
     ]
     return CARD.format(

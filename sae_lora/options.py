@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Model', 'Source', 'Saes', 'Out', 'Device', 'Resume', 'Force', 'Json', 'Rank', 'Layers', 'Length', 'Recipe', 'Keep',
            'Batch', 'Seed', 'MANY', 'Tokens', 'Measured', 'Minutes', 'InPlaceOfMinutes', 'ValidText', 'Cut',
-           'LearningRate', 'KeepUnspliced', 'Shard', 'SaeLayer', 'Width', 'K', 'SaeTokens', 'SaeRate', 'SaeBatch',
-           'SaeMeasured', 'Half', 'Folder', 'ReportFile', 'Experiment', 'Size', 'Every', 'Draw', 'Site', 'Serve',
-           'MOST_LAYERS', 'option', 'parse_saes', 'read_inputs', 'parse_layers', 'parse_batch', 'parse_parameters']
+           'LearningRate', 'KeepUnspliced', 'Shard', 'SaeLayer', 'SaeSite', 'Transcoder', 'Skip', 'Width', 'K',
+           'SaeTokens', 'SaeRate', 'SaeBatch', 'SaeMeasured', 'Half', 'Folder', 'ReportFile', 'Experiment', 'Size',
+           'Every', 'Draw', 'Site', 'Serve', 'MOST_LAYERS', 'option', 'parse_saes', 'read_inputs', 'parse_layers',
+           'parse_batch', 'parse_parameters']
 
 # %% ../nbs/54_options.ipynb #49661313
 from pathlib import Path
@@ -99,6 +100,13 @@ Shard = option(
 
 # %% ../nbs/54_options.ipynb #da81a9ea
 SaeLayer = option(int, "Layer whose output it reconstructs.", min=0)
+SaeSite = option(
+    Optional[str], "Another hook point in place of --layer, such as blocks.14.hook_mlp_out."
+)
+Transcoder = option(bool, "A transcoder, which replaces the MLP of the layer.", "--transcoder")
+Skip = option(bool, "With a skip connection beside the transcoder.", "--skip")
+
+# %% ../nbs/54_options.ipynb #fe07863d
 Width = option(int, "Number of latents.", min=1, max=2**31)
 K = option(int, "Active latents per position.", min=1)
 SaeTokens = option(
@@ -129,35 +137,35 @@ Serve = option(bool, "Show it at http://localhost:4200 until stopped.", "--serve
 
 # %% ../nbs/54_options.ipynb #f7ab3b08
 def _placed(spec: str) -> tuple[str, str]:
-    "Layer, or nothing, and the rest of `[LAYER=]SPEC`; a path may hold a `=` of its own."
+    "Layer or site, or nothing, and the rest of `[LAYER=]SPEC`; a path may hold a `=` of its own."
     where, sign, what = spec.partition("=")
     own = not sign or "/" in where or Path(spec).expanduser().exists()
     return ("", spec) if own else (where, what)
 
 # %% ../nbs/54_options.ipynb #d8de5faf
-def _own_layer(sae, spec: str) -> int:
-    "The layer that `sae` itself says it belongs to; `spec` is what the user gave."
-    from sae_lora.sites import hook_name, layer_of
+def _own_site(sae, spec: str):
+    "The site that `sae` itself says it belongs to; `spec` is what the user gave."
+    from sae_lora.sites import replaced_name, site_of
 
-    where = hook_name(sae)
+    where = replaced_name(sae)
     if not where:
         raise UsageError(f"SAE {spec!r} does not say which layer it belongs to; give LAYER={spec}")
-    return layer_of(where)
+    return site_of(where)
 
 # %% ../nbs/54_options.ipynb #85014870
 def parse_saes(specs: list[str]) -> dict:
-    "SAEs by layer from `SPEC` or `LAYER=SPEC`. Raises `UsageError` for no layer, or one twice."
+    "SAEs by site from `SPEC` or `LAYER=SPEC`. Raises `UsageError` for no site, or one twice."
     from sae_lora.sae import load_sae
-    from sae_lora.sites import layer_of
+    from sae_lora.sites import in_words, site_of
 
     saes = {}
     for spec in specs:
         where, what = _placed(spec)
         sae = load_sae(what)
-        layer = layer_of(where) if where else _own_layer(sae, spec)
-        if layer in saes:
-            raise UsageError(f"two SAEs at layer {layer}; give one")
-        saes[layer] = sae
+        site = site_of(where) if where else _own_site(sae, spec)
+        if site in saes:
+            raise UsageError(f"two SAEs at {in_words(site)}; give one")
+        saes[site] = sae
     return saes
 
 # %% ../nbs/54_options.ipynb #c102488f

@@ -29,6 +29,7 @@ from .metrics import fidelity, sparsity, token_losses
 from .model_card import won_back
 from .processes import leads
 from .sae import fingerprint
+from .sites import in_words, site_entry, site_in
 from .splice import KEEP
 from .text import Blocks, token_blocks
 
@@ -57,11 +58,11 @@ def check_length(lm, length: int):
         )
 
 # %% ../nbs/49_report.ipynb #a26a7658
-def _of_sae(lm, sae, layer, blocks: Blocks, keep: str) -> dict:
+def _of_sae(lm, sae, site, blocks: Blocks, keep: str) -> dict:
     "One SAE in a report."
-    own = sparsity(lm, sae, layer, blocks.valid, keep)
-    about = dict(layer=layer, source=sae.cfg.metadata.source, fingerprint=fingerprint(sae))
-    return about | {name: own[name] for name in ("l0", "fvu", "dead")}
+    own = sparsity(lm, sae, site, blocks.valid, keep)
+    about = dict(source=sae.cfg.metadata.source, fingerprint=fingerprint(sae))
+    return site_entry(site) | about | {name: own[name] for name in ("l0", "fvu", "dead")}
 
 # %% ../nbs/49_report.ipynb #a12225ea
 def _means(own: list[dict]) -> dict:
@@ -99,8 +100,10 @@ def report(lm, saes: dict, blocks: Blocks, keep: str = "special", **about) -> di
 # %% ../nbs/49_report.ipynb #e7fc1666
 def _where(saes: list[dict]) -> str:
     "The SAEs of a report with their layers, in words."
-    layers = ", ".join(str(s["layer"]) for s in saes)
-    return f"the SAEs in at layers {layers}" if len(saes) > 1 else f"the SAE in at layer {layers}"
+    sites = [site_in(s) for s in saes]
+    if len(sites) == 1:
+        return f"the SAE in at {in_words(sites[0])}"
+    return f"the SAEs in at layers {', '.join(map(str, sites))}"
 
 # %% ../nbs/49_report.ipynb #8247b6f3
 def _cost(r: dict) -> str:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from .anatomy import width_at
 from .devices import memory_of
 from .files import STATE, UsageError, cache_path, in_range, room, written
 from .lm import decoder_blocks, device_of, load_lm
 from .metrics import fidelity, sparsity
 from .report import longest_row, run_folder, write_report
 from .sae import save_sae
-from .sites import hook_point
+from .sites import Site, hook_point, in_words, point_of, site_entry, site_of
 from .states import harvest
 from .text import Blocks, token_blocks
 from .train_sae import fit_sae
@@ -26,11 +27,11 @@ SAE_CARD = """---
 library_name: saelens
 ---
 
-# TopK SAE, layer {layer} of {model}
+# {kind}, layer {layer} of {model}
 
 | | |
 | --- | --- |
-| hook point | `{hook}`, position 0 and special tokens left out |
+| hook point | {hooks}, position 0 and special tokens left out |
 | latents, k | {width}, {k} |
 | trained on | {positions:,} positions of `{text}` text, {tokens:,} with repeats, seed {seed} |
 | rows | of {length} tokens |
@@ -50,20 +51,28 @@ SAE_MEASURED = (
     "{high:.3f}; base {base:.3f}), and the KL from the base model is {kl:.3f}."
 )
 
+# %% ../nbs/50_sae_run.ipynb #0d75734f
+def _about(r: dict) -> dict[str, str]:
+    "What was trained, and where, for the card."
+    if "hook_out" not in r:
+        return dict(kind="TopK SAE", hooks=f"`{r['hook']}`")
+    kind = "TopK skip transcoder" if r["skip"] else "TopK transcoder"
+    return dict(kind=kind, hooks=f"`{r['hook']}` → `{r['hook_out']}`")
+
 # %% ../nbs/50_sae_run.ipynb #c9879bd7
 def sae_card(r: dict) -> str:
     "The card of a trained SAE, from its report; it says so where nothing was measured yet."
     if "ce" not in r:
-        return SAE_CARD.format(**r, measured="Not measured yet.")
+        return SAE_CARD.format(**r, **_about(r), measured="Not measured yet.")
     low, high = r["ci95"]["gap"]
     figures = r | dict(low=low, high=high, base=r["ce"]["base"], kl=r["kl"]["spliced"])
-    return SAE_CARD.format(**r, measured=SAE_MEASURED.format(**figures))
+    return SAE_CARD.format(**r, **_about(r), measured=SAE_MEASURED.format(**figures))
 
 # %% ../nbs/50_sae_run.ipynb #0750d006
-def measure_sae(lm, sae, layer: int, rows: Tensor) -> dict:
+def measure_sae(lm, sae, site, rows: Tensor) -> dict:
     "What `sparsity` gives on `rows`, and the loss of base and spliced model on their first eighth."
-    few, own = rows[: max(len(rows) // 8, 1)], sparsity(lm, sae, layer, rows)
-    return fidelity(lm, {layer: sae}, few) | own | dict(valid_tokens=rows.numel())
+    few, own = rows[: max(len(rows) // 8, 1)], sparsity(lm, sae, site, rows)
+    return fidelity(lm, {site: sae}, few) | own | dict(valid_tokens=rows.numel())
 
 # %% ../nbs/50_sae_run.ipynb #987bca4c
 def _check_layer(lm, layer: int, model):
@@ -71,6 +80,20 @@ def _check_layer(lm, layer: int, model):
     n = len(decoder_blocks(lm))
     if not 0 <= layer < n:
         raise UsageError(f"layer {layer} does not exist; {model} has layers 0 to {n - 1}")
+
+# %% ../nbs/50_sae_run.ipynb #88a3b081
+def _where(layer: int, site, transcoder: bool, skip: bool) -> dict:
+    "The layer and the hook points of a run, as its report has them."
+    if skip and not transcoder:
+        raise UsageError("a skip connection is a transcoder's; give --transcoder with --skip")
+    if not transcoder:
+        at = site_of(layer if site is None else site)
+        return dict(layer=site_entry(at)["layer"], hook=hook_point(at))
+    at = site_of(Site(layer, "hook_mlp_out") if site is None else site)
+    if "mlp" not in hook_point(at):
+        raise UsageError(f"a transcoder at {in_words(at)}; give blocks.N.hook_mlp_out, or --layer")
+    hooks = dict(hook=hook_point(Site(at.layer, "mlp.hook_in")), hook_out=hook_point(at))
+    return dict(layer=at.layer, skip=skip) | hooks
 
 # %% ../nbs/50_sae_run.ipynb #cf861a54
 def _check_room(lm, out: Path, width: int, text_tokens: int):
@@ -91,8 +114,14 @@ def _train(lm, blocks: Blocks, r: dict, tokens: int, lr: float, batch: int, stat
     "The SAE that the report `r` describes, with a checkpoint at `state`; what to add to `r`."
     about = dict(model_name=r["model"], hook_name=r["hook"])
     about |= dict(training_text=r["text"], text_hash=blocks.hash)
-    x = harvest(lm, blocks.train, r["layer"], cached=True)
     options = dict(metadata=about, device=device_of(lm), checkpoint=state)
+    if "hook_out" in r:
+        about["hook_name_out"] = r["hook_out"]
+        both = [Site(*point_of(r["hook"])), site_of(r["hook_out"])]
+        x, targets = harvest(lm, blocks.train, both, cached=True)
+        options |= dict(targets=targets, skip=r["skip"])
+    else:
+        x = harvest(lm, blocks.train, site_of(r["hook"]), cached=True)
     sae, curve = fit_sae(x, tokens, r["width"], r["k"], lr, batch, r["seed"], **options)
     return sae, dict(positions=len(x), tokens=tokens, train_seconds=curve[-1]["seconds"])
 
@@ -100,7 +129,7 @@ def _train(lm, blocks: Blocks, r: dict, tokens: int, lr: float, batch: int, stat
 def _finish(out: Path, lm, sae, r: dict, rows: Tensor, half: bool) -> dict:
     "Save an SAE, then measure it and complete its card and its report."
     save_sae(sae, out, sae_card(r), half, marker=STATE)
-    r = measure_sae(lm, sae, r["layer"], rows) | r  # both have `tokens`
+    r = measure_sae(lm, sae, site_of(sae), rows) | r  # both have `tokens`
     with written(out / "README.md") as part:
         part.write_text(sae_card(r), encoding="utf-8")
     write_report(out, "report.json", r)
@@ -114,6 +143,9 @@ def run_train_sae(  # noqa: PLR0913, the options of a command
     text="default",
     *,
     layer=14,
+    site=None,
+    transcoder=False,
+    skip=False,
     width=4608,
     k=32,
     tokens=3 * 2**21,
@@ -129,6 +161,8 @@ def run_train_sae(  # noqa: PLR0913, the options of a command
 ) -> dict:
     """Train a TopK SAE on hidden states of a model, save it in `out`, measure it: the report.
 
+    It stands at the output of block `layer`, or at `site`. With `transcoder` it replaces the MLP of
+    that layer, with `skip` beside a skip connection.
     `tokens` counts positions, `text_tokens` the different ones; with `half` the weights are
     rounded to float16 in the file. With `resume` the stopped run in `out` goes on, with `force`
     what stands there is written over. Raises `UsageError` where the layer does not exist or `out`
@@ -136,12 +170,14 @@ def run_train_sae(  # noqa: PLR0913, the options of a command
     out = Path(out)
     in_range("k", k, 1, width)
     in_range("batch", batch, 1, tokens)
+    where = _where(layer, site, transcoder, skip)
     with run_folder(out, resume, force):
         lm, tok = load_lm(model, device=device)
-        _check_layer(lm, layer, model)
+        _check_layer(lm, where["layer"], model)
+        width_at(lm, site_of(where.get("hook_out", where["hook"])))  # it must be there
         _check_room(lm, out, width, text_tokens)
-        length, hook = min(256, longest_row(lm)), hook_point(layer)
+        length = min(256, longest_row(lm))
         blocks = token_blocks(text, tok, length, text_tokens, valid_tokens)
-        r = dict(model=model, text=text, layer=layer, hook=hook, width=width, k=k, seed=seed)
+        r = dict(model=model, text=text, **where, width=width, k=k, seed=seed)
         sae, done = _train(lm, blocks, r, tokens, lr, batch, out / STATE)
         return _finish(out, lm, sae, r | dict(length=length) | done, blocks.valid, half)

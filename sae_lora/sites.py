@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPLACED', 'READ', 'Site', 'point_of', 'hook_name', 'transcodes', 'replaced_name', 'site_of', 'layer_of',
-           'hook_point', 'in_words', 'layer_before', 'block_of', 'read_by']
+           'hook_point', 'in_words', 'site_entry', 'site_in', 'layer_before', 'block_of', 'read_by']
 
 # %% ../nbs/10z_sites.ipynb #7000d241
 import re
@@ -155,6 +155,16 @@ def hook_point(site) -> str:
 def in_words(site) -> str:
     "A site in a sentence: `layer 12`, or its hook point."
     return str(site) if isinstance(site, Site) else f"layer {site}"
+
+# %% ../nbs/10z_sites.ipynb #8721990b
+def site_entry(site) -> dict:
+    "How files tell a site."
+    return dict(layer=getattr(site, "layer", site), site=hook_point(site))
+
+
+def site_in(entry: dict):
+    "The site that an entry of a file tells."
+    return site_of(entry.get("site", entry["layer"]))
 
 # %% ../nbs/10z_sites.ipynb #ba480326
 def layer_before(site) -> int:
