@@ -20,19 +20,19 @@ from safetensors.torch import save_file
 
 from .checked import parse_json, read_tensors
 from .files import UsageError, cache_path, data_path, written
-from .lm import device_of, load_lm
+from .lm import load_lm
 from .lora import add_lora, lora_parameters
 from .metrics import fidelities, sparsity
 from .processes import processes
 from .recipes import RECIPES
 from .results import Results, key, project, rows_path
 from .sae import fingerprint, load_sae, save_sae
-from .sites import hook_name, hook_point, layer_of
+from .sites import Site, for_json, point_of, site_of
 from .splice import check_saes
 from .states import harvest
 from .text import token_blocks
 from .train import fit_loras
-from .train_sae import fit_sae
+from .train_sae import fit_at, hooks_of
 
 # %% ../nbs/42_experiments.ipynb #1a9f71ba
 WORLD = ("model", "text", "length", "text_tokens", "valid_tokens")
@@ -50,34 +50,33 @@ def _digest(rows) -> str:
     return hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:12]
 
 # %% ../nbs/42_experiments.ipynb #47212361
-def _made_of(lm, blocks, layer: int, width: int, k: int, tokens: int, seed: int = 0) -> dict:
-    "What makes a trained SAE the one it is."
-    own = dict(layer=layer, width=width, k=k, tokens=tokens, seed=seed)
+def _made_of(
+    lm, blocks, layer: int, width: int, k: int, tokens: int, seed: int = 0, **site
+) -> dict:
+    "What makes a trained SAE the one it is; `site` only where it is not at the layer's output."
+    own = dict(layer=layer, width=width, k=k, tokens=tokens, seed=seed) | site
     return dict(model=lm.name_or_path, text=blocks.source, rows=_digest(blocks.train)) | own
+
+# %% ../nbs/42_experiments.ipynb #9e293caf
+def _site(p: dict):
+    "Where the SAE of a spec stands."
+    point = "hook_mlp_out" if p.get("transcoder") else p.get("point")
+    return Site(p["layer"], point) if point else p["layer"]
 
 # %% ../nbs/42_experiments.ipynb #db6c7e37
 def _train_sae(lm, blocks, p: dict, folder: Path):
     "Train the SAE that `p` describes into `folder`; a row in `saes.jsonl` says how it went."
-    x = harvest(lm, blocks.train, p["layer"], cached=True)
-    about = dict(model_name=lm.name_or_path, hook_name=hook_point(p["layer"]))
-    sae, curve = fit_sae(
-        x,
-        p["tokens"],
-        p["width"],
-        p["k"],
-        seed=p["seed"],
-        device=device_of(lm),
-        metadata=about,
-    )
+    options = {name: p[name] for name in ("width", "k", "seed", "transcoder", "skip") if name in p}
+    sae, curve, positions = fit_at(lm, blocks.train, _site(p), p["tokens"], **options)
     save_sae(sae, folder)
     last = curve[-1]
-    found = dict(loss=last["loss"], positions=len(x), train_seconds=last["seconds"])
+    found = dict(loss=last["loss"], positions=positions, train_seconds=last["seconds"])
     Results(rows_path("saes")).add(p, found)
 
 # %% ../nbs/42_experiments.ipynb #c7494150
 def trained_sae(lm, blocks, **spec):
-    """A TopK SAE (`layer, width, k, seed`), trained on `tokens` positions of the training rows, or
-    from the cache."""
+    """A TopK SAE or transcoder, trained on `tokens` positions of the training rows, or from the
+    cache. A spec has `layer, width, k, seed`, and may have `point`, or `transcoder` and `skip`."""
     p = _made_of(lm, blocks, **spec)
     folder = cache_path("saes", key(p))
     if not folder.exists():
@@ -91,27 +90,34 @@ def _several(specs) -> list:
 
 # %% ../nbs/42_experiments.ipynb #3caaac60
 def saes_at(lm, blocks, specs) -> dict:
-    "SAEs by layer, from one spec or a list of them."
+    "SAEs by site, from one spec or a list of them."
     saes = [
         trained_sae(lm, blocks, **s) if isinstance(s, dict) else load_sae(s)
         for s in _several(specs)
     ]
-    return check_saes(lm, {layer_of(hook_name(sae)): sae for sae in saes})
+    return check_saes(lm, {site_of(sae): sae for sae in saes})
 
 # %% ../nbs/42_experiments.ipynb #72153664
-def _untrained(lm, blocks, runs: list[dict]) -> list[int]:
-    "Layers of SAEs in `runs` yet to be trained."
+def _reads(p: dict) -> list:
+    "The sites whose hidden states the SAE of a spec is trained on."
+    names = hooks_of(_site(p), p.get("transcoder", False)).values()
+    return [Site(*point_of(name)) for name in names] if p.get("transcoder") else [_site(p)]
+
+# %% ../nbs/42_experiments.ipynb #4fca9cb9
+def _untrained(lm, blocks, runs: list[dict]) -> list:
+    "Sites whose hidden states the SAEs in `runs` that are yet to be trained need."
     specs = [s for p in runs for s in _several(p["sae"]) if isinstance(s, dict)]
     every = [_made_of(lm, blocks, **s) for s in specs]
-    return sorted({p["layer"] for p in every if not cache_path("saes", key(p)).exists()})
+    missing = [p for p in every if not cache_path("saes", key(p)).exists()]
+    return sorted({site for p in missing for site in _reads(p)})
 
 # %% ../nbs/42_experiments.ipynb #44574c4a
 def gather(runs: list[dict]):
     """Put hidden states that the SAEs of `runs` (`sae`, a spec or a list) are yet to be trained on
-    into the cache: one pass for all layers."""
+    into the cache: one pass for all sites."""
     lm, _, blocks = world(*(runs[0][k] for k in WORLD))
-    if layers := _untrained(lm, blocks, runs):
-        harvest(lm, blocks.train, layers, cached=True)
+    if sites := _untrained(lm, blocks, runs):
+        harvest(lm, blocks.train, sites, cached=True)
 
 # %% ../nbs/42_experiments.ipynb #7735b11c
 RUN = ("rank", "layers", "tokens", "recipe", "seed", "lr", "keep_unspliced")
@@ -119,7 +125,7 @@ RUN = ("rank", "layers", "tokens", "recipe", "seed", "lr", "keep_unspliced")
 # %% ../nbs/42_experiments.ipynb #05682f8e
 def _adapter_file(lm, saes: dict, rows, p: dict) -> Path:
     "The file of run `p`'s adapter."
-    own = {i: fingerprint(s) for i, s in saes.items()}
+    own = for_json({site: fingerprint(sae) for site, sae in saes.items()})
     made_of = dict(model=lm.name_or_path, rows=_digest(rows), saes=own)
     made_of |= {k: p[k] for k in RUN if k in p}
     return cache_path("adapters", f"{key(made_of)}.safetensors")
@@ -197,8 +203,8 @@ def with_adapters(lm, saes: dict, rows, *runs: dict):
 def _sparsities(lm, saes: dict, blocks) -> pd.Series:
     "Sparsity and width of the SAEs: means over SAEs."
     own = [
-        sparsity(lm, sae, layer, blocks.valid[:64]) | dict(d_sae=sae.cfg.d_sae)
-        for layer, sae in saes.items()
+        sparsity(lm, sae, site, blocks.valid[:64]) | dict(d_sae=sae.cfg.d_sae)
+        for site, sae in saes.items()
     ]
     return pd.DataFrame(own).mean()[["l0", "fvu", "dead", "d_sae"]]
 
@@ -206,7 +212,7 @@ def _sparsities(lm, saes: dict, blocks) -> pd.Series:
 def _about(lm, saes: dict, blocks) -> dict:
     "Where the SAEs are, and their sparsity and width."
     return dict(
-        at=sorted(saes),
+        at=[site if isinstance(site, int) else str(site) for site in sorted(saes)],
         n_layers=lm.config.get_text_config().num_hidden_layers,
         text_hash=blocks.hash,
         **_sparsities(lm, saes, blocks),

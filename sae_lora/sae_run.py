@@ -17,10 +17,9 @@ from .lm import decoder_blocks, device_of, load_lm
 from .metrics import fidelity, sparsity
 from .report import longest_row, run_folder, write_report
 from .sae import save_sae
-from .sites import Site, hook_point, in_words, point_of, site_entry, site_of
-from .states import harvest
+from .sites import Site, hook_point, site_entry, site_of
 from .text import Blocks, token_blocks
-from .train_sae import fit_sae
+from .train_sae import fit_at, hooks_of
 
 # %% ../nbs/50_sae_run.ipynb #faf998e3
 SAE_CARD = """---
@@ -90,10 +89,9 @@ def _where(layer: int, site, transcoder: bool, skip: bool) -> dict:
         at = site_of(layer if site is None else site)
         return dict(layer=site_entry(at)["layer"], hook=hook_point(at))
     at = site_of(Site(layer, "hook_mlp_out") if site is None else site)
-    if "mlp" not in hook_point(at):
-        raise UsageError(f"a transcoder at {in_words(at)}; give blocks.N.hook_mlp_out, or --layer")
-    hooks = dict(hook=hook_point(Site(at.layer, "mlp.hook_in")), hook_out=hook_point(at))
-    return dict(layer=at.layer, skip=skip) | hooks
+    hooks = hooks_of(at, transcoder)
+    own = dict(hook=hooks["hook_name"], hook_out=hooks["hook_name_out"], skip=skip)
+    return dict(layer=at.layer) | own
 
 # %% ../nbs/50_sae_run.ipynb #cf861a54
 def _check_room(lm, out: Path, width: int, text_tokens: int):
@@ -112,18 +110,14 @@ def _check_room(lm, out: Path, width: int, text_tokens: int):
 # %% ../nbs/50_sae_run.ipynb #d5cfb3db
 def _train(lm, blocks: Blocks, r: dict, tokens: int, lr: float, batch: int, state: Path) -> tuple:
     "The SAE that the report `r` describes, with a checkpoint at `state`; what to add to `r`."
-    about = dict(model_name=r["model"], hook_name=r["hook"])
-    about |= dict(training_text=r["text"], text_hash=blocks.hash)
-    options = dict(metadata=about, device=device_of(lm), checkpoint=state)
+    about = dict(model_name=r["model"], training_text=r["text"], text_hash=blocks.hash)
+    sizes = {name: r[name] for name in ("width", "k", "seed")}
+    options = dict(lr=lr, batch=batch, metadata=about, checkpoint=state, **sizes)
     if "hook_out" in r:
-        about["hook_name_out"] = r["hook_out"]
-        both = [Site(*point_of(r["hook"])), site_of(r["hook_out"])]
-        x, targets = harvest(lm, blocks.train, both, cached=True)
-        options |= dict(targets=targets, skip=r["skip"])
-    else:
-        x = harvest(lm, blocks.train, site_of(r["hook"]), cached=True)
-    sae, curve = fit_sae(x, tokens, r["width"], r["k"], lr, batch, r["seed"], **options)
-    return sae, dict(positions=len(x), tokens=tokens, train_seconds=curve[-1]["seconds"])
+        options |= dict(transcoder=True, skip=r["skip"])
+    site = site_of(r.get("hook_out", r["hook"]))
+    sae, curve, positions = fit_at(lm, blocks.train, site, tokens, **options)
+    return sae, dict(positions=positions, tokens=tokens, train_seconds=curve[-1]["seconds"])
 
 # %% ../nbs/50_sae_run.ipynb #3589a78f
 def _finish(out: Path, lm, sae, r: dict, rows: Tensor, half: bool) -> dict:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REPLACED', 'READ', 'Site', 'point_of', 'hook_name', 'transcodes', 'replaced_name', 'site_of', 'layer_of',
-           'hook_point', 'in_words', 'site_entry', 'site_in', 'layer_before', 'block_of', 'read_by']
+           'hook_point', 'in_words', 'site_entry', 'site_in', 'for_json', 'layer_before', 'block_of', 'read_by']
 
 # %% ../nbs/10z_sites.ipynb #7000d241
 import re
@@ -165,6 +165,12 @@ def site_entry(site) -> dict:
 def site_in(entry: dict):
     "The site that an entry of a file tells."
     return site_of(entry.get("site", entry["layer"]))
+
+# %% ../nbs/10z_sites.ipynb #a881cfbd
+def for_json(by_site: dict) -> dict:
+    "The same with keys that JSON can hold: numbers as they are, names where there is a `Site`."
+    plain = all(isinstance(site, int) for site in by_site)
+    return {site if plain else hook_point(site): value for site, value in by_site.items()}
 
 # %% ../nbs/10z_sites.ipynb #ba480326
 def layer_before(site) -> int:

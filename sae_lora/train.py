@@ -28,6 +28,7 @@ from .objective import Objective
 from .processes import own_rows, processes
 from .recipes import Recipe, check_budget, recipe_of, settings_of
 from .sae import fingerprint
+from .sites import for_json
 from .splice import check_saes
 from .states import known_states
 from .text import model_inputs
@@ -122,7 +123,7 @@ def _sources(run: _Run) -> dict:
     "Fingerprints of the SAEs of a run, and a digest of its rows."
     saes = []
     for each in run.students.values():
-        saes.append({layer: fingerprint(sae) for layer, sae in each.items()})
+        saes.append(for_json({site: fingerprint(sae) for site, sae in each.items()}))
     return dict(saes=saes, rows=hashlib.sha256(run.rows.numpy().tobytes()).hexdigest()[:16])
 
 # %% ../nbs/27_train.ipynb #6b723d79

@@ -22,6 +22,7 @@ from sae_lora.sites import READ, REPLACED, Site, layer_before, point_of, site_of
 from sae_lora.splice import Identity, check_saes, splice
 from sae_lora.states import harvest
 from sae_lora.train import fit_lora
+from sae_lora.train_sae import fit_at
 
 IDS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
 BATCH = {"input_ids": IDS}
@@ -409,7 +410,7 @@ def test_adapters_remember_sites(tmp_path):
     "changes, words",
     [
         (dict(site="blocks.1.hook_q"), "not known"),
-        (dict(site="blocks.2.hook_mlp_out"), "has layer 1"),
+        (dict(site="blocks.2.hook_mlp_out"), "not in layer 1"),
         (dict(site="blocks.1.hook_resid_mid"), "only read"),
         (dict(site=7), "site is 7"),
     ],
@@ -424,3 +425,46 @@ def test_sites_in_a_changed_file_are_refused(changes, words, tmp_path):
     where.write_text(json.dumps(about))
     with pytest.raises(UsageError, match=words):
         attach_adapter(tiny("llama"), tmp_path / "adapter")
+
+
+def test_a_stopped_run_at_a_site_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("SAE_LORA_CACHE", str(tmp_path))
+    rows = torch.randint(3, 97, (16, 16), generator=torch.Generator().manual_seed(0))
+    saes, found = {MLP: transcoder(skip=True), 2: random_sae()}, []
+    for stop in (None, 4):
+        lm = tiny("llama")
+        add_lora(lm, saes, rank=2)
+        given = dict(tokens=512, batch=4, lr=1e-2, precision="fp32")
+        given |= dict(checkpoint=tmp_path / f"state-{stop}.safetensors")
+        if stop:
+            steps = []
+
+            def stopping(step, *args):
+                steps.append(step)
+                if len(steps) == stop:
+                    raise KeyboardInterrupt
+
+            with pytest.raises(BaseException):  # noqa: B017
+                fit_lora(lm, saes, rows, **given, callback=stopping)
+        fit_lora(lm, saes, rows, **given)
+        found.append([p.detach().clone() for p in lora_parameters(lm).values()])
+    for a, b in zip(*found):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_transcoder_learns_the_mlp(skip, tmp_path, monkeypatch):
+    monkeypatch.setenv("SAE_LORA_CACHE", str(tmp_path))
+    lm, _ = relu_model()
+    rows = torch.randint(3, 97, (64, 32), generator=torch.Generator().manual_seed(1))
+    options = dict(width=64, k=24, batch=256, lr=1e-2, skip=skip)
+    sae, curve, n = fit_at(lm, rows, MLP, 60_000, transcoder=True, **options)
+    assert n == 64 * 31 and sae.cfg.architecture() == f"topk_{'skip_' * skip}transcoder"
+    assert (sae.cfg.metadata.hook_name, sae.cfg.metadata.hook_name_out) == (
+        "blocks.1.mlp.hook_in",
+        "blocks.1.hook_mlp_out",
+    )
+    measured = sparsity(lm, sae, MLP, rows)
+    assert measured["fvu"] < 0.2 and measured["l0"] <= 24
+    assert abs(measured["fvu"] - curve[-1]["loss"]) < 0.1
+    check_fit(lm, {MLP: sae}, {"input_ids": rows[:8]})
