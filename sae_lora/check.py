@@ -159,6 +159,14 @@ def timed_steps(lm, saes: dict, rows: Tensor, training: dict, steps: int = 4) ->
     ends = [0.0, *(row["seconds"] for row in curve)]
     return [end - start for start, end in zip(ends, ends[1:])]
 
+# %% ../nbs/48_check.ipynb #907732de
+def _kind(sae) -> dict:
+    "What `sae` is: architecture, latents, the mean norm of its decoder's rows."
+    rows = getattr(sae, "W_dec", None)
+    norm = None if rows is None else float(rows.detach().float().norm(dim=-1).mean())
+    width = getattr(sae.cfg, "d_sae", None)
+    return dict(architecture=sae.cfg.architecture(), d_sae=width, decoder_norm=norm)
+
 # %% ../nbs/48_check.ipynb #cef87932
 def _seen(lm, site, sae, rows: Tensor, keep: str) -> dict:
     "What one SAE does on `rows`, beside what its file promises."
@@ -166,7 +174,7 @@ def _seen(lm, site, sae, rows: Tensor, keep: str) -> dict:
     source = getattr(getattr(sae.cfg, "metadata", None), "source", None) or "memory"
     promised = promised_l0(sae)
     seen = dict(source=source, l0=own["l0"], promised_l0=promised, fvu=own["fvu"])
-    return site_entry(site) | dict(architecture=sae.cfg.architecture()) | seen
+    return site_entry(site) | _kind(sae) | seen
 
 # %% ../nbs/48_check.ipynb #85d0d58c
 def _trial(lm, saes: dict, rows: Tensor, adapter: dict, training: dict, steps: int) -> tuple:
@@ -341,9 +349,12 @@ def _budget(p: dict) -> str:
 # %% ../nbs/48_check.ipynb #095de3cb
 def _line_of_sae(s: dict) -> tuple[str, str]:
     "The line of one SAE, in two parts."
+    kind = s["architecture"].replace("_", " ")
+    if s["d_sae"]:
+        kind += f" of {s['d_sae']:,} latents, decoder norm {s['decoder_norm']:.2f}"
     promised = f", {s['promised_l0']:.0f} promised" if s["promised_l0"] else ""
     unexplained = f"{100 * s['fvu']:.0f} % of the variance unexplained"
-    return f"SAE at {site_in(s)}", f"L0 {s['l0']:.0f}{promised}; {unexplained}"
+    return f"SAE at {site_in(s)}", f"{kind}; L0 {s['l0']:.0f}{promised}; {unexplained}"
 
 # %% ../nbs/48_check.ipynb #585ca652
 def summary(p: dict) -> list[str]:
@@ -360,4 +371,4 @@ def summary(p: dict) -> list[str]:
         ("budget", _budget(p)),
         *(("warning", warning) for warning in warnings_of(p)),
     ]
-    return [f"{name:11}{what}" for name, what in told]
+    return [f"{name:11}{what}" if len(name) < 11 else f"{name}  {what}" for name, what in told]
