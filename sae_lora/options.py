@@ -6,9 +6,9 @@
 __all__ = ['Model', 'Source', 'Saes', 'Out', 'Device', 'Resume', 'Force', 'Json', 'Rank', 'Layers', 'Length', 'Recipe', 'Keep',
            'Batch', 'Seed', 'MANY', 'Tokens', 'Measured', 'Minutes', 'InPlaceOfMinutes', 'ValidText', 'Cut',
            'LearningRate', 'KeepUnspliced', 'Shard', 'SaeLayer', 'SaeSite', 'Transcoder', 'Skip', 'Width', 'K',
-           'SaeTokens', 'SaeRate', 'SaeBatch', 'SaeMeasured', 'Half', 'Folder', 'ReportFile', 'Experiment', 'Size',
-           'Every', 'Draw', 'Site', 'Serve', 'MOST_LAYERS', 'option', 'parse_saes', 'read_inputs', 'parse_layers',
-           'parse_batch', 'parse_parameters']
+           'SaeTokens', 'SaeRate', 'SaeBatch', 'SaeMeasured', 'Half', 'Folder', 'To', 'ReportFile', 'Experiment',
+           'Size', 'Every', 'Draw', 'Site', 'Serve', 'MOST_LAYERS', 'option', 'parse_saes', 'read_inputs',
+           'parse_layers', 'parse_batch', 'parse_parameters']
 
 # %% ../nbs/54_options.ipynb #49661313
 from pathlib import Path
@@ -123,6 +123,7 @@ Half = option(bool, "Round the weights to float16 in the file.", "--half")
 
 # %% ../nbs/54_options.ipynb #b64f49ee
 Folder = Annotated[Path, typer.Argument(help="A folder that adapt or demo wrote.")]
+To = option(Path, "Folder to write to, new or empty, or one that export wrote.")
 ReportFile = option(
     Optional[Path], "File to write the report to; evaluate-TEXT.json in the folder otherwise."
 )
