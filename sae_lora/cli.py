@@ -228,10 +228,10 @@ def export(
     from sae_lora.documents import check_text
 
     check_text(text)
-    from sae_lora.export import run_export, summary
+    from sae_lora.export import export_lines, run_export
 
     found = run_export(folder, to, text, device=device)
-    print(json.dumps(found, indent=1) if as_json else summary(found))
+    print(json.dumps(found, indent=1) if as_json else export_lines(found))
 
 # %% ../nbs/55_cli.ipynb #8a57a51b
 @_command(name="train-sae")
@@ -303,7 +303,7 @@ def run(
 
 # %% ../nbs/55_cli.ipynb #24f7f665
 @_command(name="site")
-def build(out: options.Site = Path("_site"), serve: options.Serve = False):
+def build(out: options.SiteFolder = Path("_site"), serve: options.Serve = False):
     "Build the book as a web site from rows and outputs that exist, with Quarto, else smalldocs."
     from sae_lora.site import build_site
 

@@ -7,7 +7,7 @@ __all__ = ['Model', 'Source', 'Saes', 'Out', 'Device', 'Resume', 'Force', 'Json'
            'Batch', 'Seed', 'MANY', 'Tokens', 'Measured', 'Minutes', 'InPlaceOfMinutes', 'ValidText', 'Cut',
            'LearningRate', 'KeepUnspliced', 'Shard', 'SaeLayer', 'SaeSite', 'Transcoder', 'Skip', 'Width', 'K',
            'SaeTokens', 'SaeRate', 'SaeBatch', 'SaeMeasured', 'Half', 'Folder', 'To', 'ReportFile', 'Experiment',
-           'Size', 'Every', 'Draw', 'Site', 'Serve', 'MOST_LAYERS', 'option', 'parse_saes', 'read_inputs',
+           'Size', 'Every', 'Draw', 'SiteFolder', 'Serve', 'MOST_LAYERS', 'option', 'parse_saes', 'read_inputs',
            'parse_layers', 'parse_batch', 'parse_parameters']
 
 # %% ../nbs/54_options.ipynb #49661313
@@ -133,7 +133,7 @@ Experiment = Annotated[Optional[str], typer.Argument(help="Such as 02_sparsity."
 Size = option(str, "smoke, laptop, gpu or paper: which file of parameters.")
 Every = option(bool, "All experiments that have this size.", "--all")
 Draw = option(bool, "Draw from the rows there are; a missing row is an error.", "--draw")
-Site = option(Path, "Folder to build in.")
+SiteFolder = option(Path, "Folder to build in.")
 Serve = option(bool, "Show it at http://localhost:4200 until stopped.", "--serve")
 
 # %% ../nbs/54_options.ipynb #f7ab3b08

@@ -273,8 +273,6 @@ def passes(device, dtype, architecture):
     "sae.load_sae",
     "sae.reconstruct",
     "sae.active",
-    "sites.hook_name",
-    "sites.layer_of",
     "sae.fingerprint",
     "sae.pieces",
     "splice.at_home",
@@ -658,7 +656,7 @@ def saes_trained(device, dtype, kind):
     return out
 
 
-@covers("train_sae.untrained_sae", "train_sae.fit_e2e", "train_sae.new_sae", "train_sae.unscaled")
+@covers("train_sae.untrained_sae", "train_sae.fit_e2e", "new_saes.new_sae", "new_saes.unscaled")
 def saes_end_to_end(device, dtype):
     lm, _ = loaded(device, dtype)
     new = api.untrained_sae(lm, 1, blocks().train, 64, 8)
@@ -674,8 +672,9 @@ def saes_end_to_end(device, dtype):
 @covers(
     "train_sae.fit_sae",
     "train_sae.SAEOptions",
-    "train_sae.new_sae",
-    "train_sae.unscaled",
+    "new_saes.new_sae",
+    "new_saes.unscaled",
+    "new_saes.training_loss",
     "states.harvest",
     "loop.loop",
 )
@@ -696,6 +695,78 @@ def saes_for_hidden_states(device, dtype):
         losses=losses_of(curve),
         sparsity=api.sparsity(lm, whole, 1, blocks().valid),
     )
+
+
+# Sites within blocks.
+
+
+def transcoder(device, dtype, read: str, layer: int = 2):
+    "A transcoder of the MLP of a layer, as a file gives it: on the CPU."
+    from sae_lens.saes.sae import SAEMetadata
+    from sae_lens.saes.transcoder import SkipTranscoder, SkipTranscoderConfig
+
+    hooks = dict(hook_name=f"blocks.{layer}.{read}", hook_name_out=f"blocks.{layer}.hook_mlp_out")
+    about = dict(apply_b_dec_to_input=False, metadata=SAEMetadata(**hooks))
+    made = SkipTranscoder(SkipTranscoderConfig(32, 64, d_out=32, **about))
+    torch.manual_seed(3)
+    for p in made.parameters():
+        p.data = torch.randn(p.shape) * 0.2
+    return made.eval().requires_grad_(False)
+
+
+@covers(
+    "fit.seen_and_replaced",
+    "anatomy.at_site",
+    "anatomy.normalised",
+    "hidden.watched",
+    "hidden.with_forwards",
+    each=[(a,) for a in ("llama", "gemma2", "gpt2")],
+)
+def splices_within_blocks(device, dtype, architecture):
+    lm, _ = loaded(device, dtype, architecture)
+    heads, mlp, out = api.Site(1, "attn.hook_z"), api.Site(2, "hook_mlp_out"), {}
+    saes = {heads: sae(), mlp: transcoder(device, dtype, "ln2.hook_normalized")}
+    for rows in ROWS:
+        batch = api.model_inputs(blocks(rows).train[:4])
+        with api.splice(lm, saes), torch.no_grad():
+            spliced = api.hidden(lm, batch, "final")
+        out[rows] = spliced, api.seen_and_replaced(lm, batch, saes[mlp], mlp)
+    api.add_lora(lm, saes, rank=2)
+    out["losses"] = losses_of(api.fit_lora(lm, saes, blocks().train, **RUN))
+    out["sparsity"] = api.sparsity(lm, saes[mlp], mlp, blocks().valid)
+    return out
+
+
+@covers("new_saes.new_transcoder", "new_saes.unscaled_transcoder", "train_sae.fit_at")
+def transcoders_trained(device, dtype):
+    lm, _ = loaded(device, dtype)
+    site, options = api.Site(1, "hook_mlp_out"), dict(width=64, k=8, batch=128, points=5)
+    made, curve, _ = api.fit_at(
+        lm, blocks().train, site, 1280, transcoder=True, skip=True, **options
+    )
+    return dict(W_dec=made.W_dec, W_skip=made.W_skip, losses=losses_of(curve))
+
+
+@covers(
+    "export.merged",
+    "export.merged_weights",
+    "export.kl_of_merging",
+    "export.circuit_tracer",
+    "export.run_export",
+)
+def exports(device, dtype):
+    lm, _ = loaded(device, dtype)
+    saes, folder = {1: sae()}, fresh()
+    api.add_lora(lm, saes, rank=2)
+    plain, rows = api.merged(lm), blocks().valid
+    with torch.no_grad():
+        final = api.hidden(plain, api.model_inputs(rows), "final")
+    coder = transcoder(device, dtype, "mlp.hook_in", layer=0)
+    api.circuit_tracer({api.Site(0, "hook_mlp_out"): coder}, "tiny", folder / "set")
+    api.save_adapter(lm, saes, folder / "adapter")
+    with chosen(device, dtype):
+        told = api.run_export(folder / "adapter", folder / "out", tokens=128)
+    return dict(kl=api.kl_of_merging(lm, plain, saes, rows), final=final, tokens=told["tokens"])
 
 
 # Steering, latents and the measures of SAEBench.

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_sites import transcoder
 from transformers import AutoModelForCausalLM
 
-from sae_lora.export import circuit_tracer, merged, run_export, summary
+from sae_lora.export import circuit_tracer, export_lines, merged, run_export
 from sae_lora.files import UsageError
 from sae_lora.lora import add_lora, lora_parameters
 from sae_lora.sites import Site
@@ -88,7 +88,7 @@ def test_the_folder_of_an_export(tmp_path, tiny_world):
     AutoModelForCausalLM.from_pretrained(out / "model")
     for name in found["saes"]:
         assert SAE.load_from_disk(out / "saes" / name).cfg.metadata.hook_name == name
-    assert found["model"] in summary(found)
+    assert found["model"] in export_lines(found)
     (out / "mine.txt").write_text("mine")
     run_export(run, out, text=text)  # over an earlier export
     assert (out / "mine.txt").exists()
