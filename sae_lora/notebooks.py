@@ -133,7 +133,7 @@ def _tidy_output(output):
         output["text"] = text.replace(str(Path.home()), "~")
 
 # %% ../nbs/46_notebooks.ipynb #2750c73e
-def _take(cell, outputs: list):
+def _put_outputs(cell, outputs: list):
     "Put outputs in a cell of code, clean, and only those that last."
     cell.execution_count = None
     cell.outputs = [o for o in outputs if _lasting(o)]
@@ -145,7 +145,7 @@ def _tidy_cell(cell):
     "Clean a cell in place: it keeps its tags, and a cell of code the outputs that last."
     cell.metadata = {k: v for k, v in cell.metadata.items() if k == "tags"}
     if cell.cell_type == "code":
-        _take(cell, cell.outputs)
+        _put_outputs(cell, cell.outputs)
 
 # %% ../nbs/46_notebooks.ipynb #0752bd63
 def tidy(nb):
@@ -248,7 +248,7 @@ def execute_chapter(path: Path):
     nb = nbformat.read(path, 4)
     for cell, found in zip(nb.cells, outputs):
         if cell.cell_type == "code":
-            _take(cell, found)
+            _put_outputs(cell, found)
     nb.metadata["code_hash"] = code_hash(nb)
     nbio = dev_module("execnb.nbio")
     with written(path) as part:
