@@ -118,18 +118,20 @@ def _traced(saes: dict, model: str, folder: Path) -> str | None:
     return None
 
 # %% ../nbs/51z_export.ipynb #9590fe13
-def run_export(run, out, text: str = "default", tokens: int = 2048, device=None) -> dict:
+def run_export(
+    run, out, text: str = "default", tokens: int = 2048, length: int = 256, device=None
+) -> dict:
     """Write the adapted model of a run or an adapter in the folder `run` to `out`, for others.
 
-    `tokens` held-out tokens of `text` tell what merging costs. Gives what `export.json` says.
-    Raises `UsageError` where `run` holds no adapter, or `out` holds other things."""
+    `tokens` held-out tokens of `text`, in rows of `length`, tell what merging costs. Gives what
+    `export.json` says. Raises `UsageError` where `run` holds no adapter, or `out` holds other things."""
     out = Path(out)
     if not (out / "export.json").exists():
         free_folder(out)
     inside = Path(run) / "adapter"  # where a run has it
     own = load_adapter(inside if inside.is_dir() else run, dtype=torch.float32, device=device)
     plain, keep = merged(own.lm), own.spliced.args[2]
-    length = min(256, longest_row(own.lm))
+    length = min(length, longest_row(own.lm))
     rows = token_blocks(text, own.tok, length, 0, tokens).valid
     kl = kl_of_merging(own.lm, plain, own.saes, rows, keep)
     with written(out, marker="export.json") as part:

@@ -76,7 +76,7 @@ def new_transcoder(
     read, written = _to_unit(x), _to_unit(y)
     sae = _random_sae(x.shape[1], width, k, seed, metadata, apply_b_dec_to_input=False).to(x.device)
     sae.b_dec.data = y.mean(0) * written
-    sae.b_enc.data = -(x.mean(0) * read) @ sae.W_enc
+    sae.b_enc.data = -(x.mean(0, keepdim=True) * read @ sae.W_enc)[0]
     if skip:
         sae.W_skip = nn.Parameter(torch.zeros(y.shape[1], x.shape[1], device=x.device))
     return sae, read, written

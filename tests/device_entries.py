@@ -765,7 +765,7 @@ def exports(device, dtype):
     api.circuit_tracer({api.Site(0, "hook_mlp_out"): coder}, "tiny", folder / "set")
     api.save_adapter(lm, saes, folder / "adapter")
     with chosen(device, dtype):
-        told = api.run_export(folder / "adapter", folder / "out", tokens=128)
+        told = api.run_export(folder / "adapter", folder / "out", tokens=128, length=32)
     return dict(kl=api.kl_of_merging(lm, plain, saes, rows), final=final, tokens=told["tokens"])
 
 
