@@ -24,11 +24,12 @@ from typing_extensions import NotRequired, TypedDict
 from .checked import Count, Finite, mistake, no_file, read_json, read_tensors, said
 from .embedded import quietly
 from .files import UsageError, written
+from .formats import load_sae
 from .hub import asking, why
 from .lm import load_lm, special_ids
 from .lora import lora_parameters
 from .model_card import model_card
-from .sae import fingerprint, load_sae, save_sae
+from .sae import fingerprint, save_sae
 from .sites import hook_name, layer_of
 from .splice import KEEP, check_saes, splice
 

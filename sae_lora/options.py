@@ -147,7 +147,7 @@ def _own_layer(sae, spec: str) -> int:
 # %% ../nbs/54_options.ipynb #85014870
 def parse_saes(specs: list[str]) -> dict:
     "SAEs by layer from `SPEC` or `LAYER=SPEC`. Raises `UsageError` for no layer, or one twice."
-    from sae_lora.sae import load_sae
+    from sae_lora.formats import load_sae
     from sae_lora.sites import layer_of
 
     saes = {}

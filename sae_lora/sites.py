@@ -53,7 +53,7 @@ _TAILS = {
     "hook_resid_mid": ["resid_mid", "hook_mlp_in", "resid_post_attn"],
     "ln2.hook_normalized": [],
     "mlp.hook_in": ["mlp.input", "pre_feedforward_layernorm.output"],
-    "hook_resid_post": ["", "resid_post", "resid_post_mlp"],
+    "hook_resid_post": ["", "output", "resid_post", "resid_post_mlp"],
     "hook_resid_pre": ["resid_pre", "input"],
 }
 
