@@ -7,6 +7,7 @@ __all__ = ['MEND', 'NO_PLACE', 'read_archive', 'only_tensors', 'shapes_of', 'arr
            'in_path', 'unplaced', 'placed', 'built', 'fold_mean', 'decoder_norms', 'norms_in_encoder']
 
 # %% ../nbs/13b_containers.ipynb #ffb24abe
+import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checked import a_file, check_finite, check_shapes, mistake, said
+from .checked import a_file, check_finite, check_shapes, mistake
 from .files import UsageError
 from .sites import READ, point_of
 
@@ -22,6 +23,15 @@ from .sites import READ, point_of
 MEND = "fetch or save it again"
 
 # %% ../nbs/13b_containers.ipynb #97050a38
+def _unreadable(path: Path, e: Exception) -> str:
+    "What is wrong with an archive that PyTorch does not open."
+    with path.open("rb") as file:
+        pickled = file.read(1) in (b"P", b"\x80")  # how a zip file and a pickle begin
+    if pickled and isinstance(e, pickle.UnpicklingError):
+        return "it holds more than tensors and plain values, which could run code"
+    return f"damaged, or no archive of tensors ({type(e).__name__})"
+
+
 def read_archive(path, mend: str = MEND) -> dict:
     """The tensors and plain values of a `.pt` file, by name; no code of the file is run.
 
@@ -31,7 +41,7 @@ def read_archive(path, mend: str = MEND) -> dict:
     try:
         found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped or None)
     except Exception as e:  # however a damaged file fails
-        raise mistake(path, f"no archive of tensors alone ({said(e)})", mend) from None
+        raise mistake(path, _unreadable(path, e), mend) from None
     if not isinstance(found, dict):
         raise mistake(path, f"holds a {type(found).__name__}, where tensors by name are", mend)
     return found
@@ -41,7 +51,7 @@ def only_tensors(found: dict, path) -> dict[str, Tensor]:
     "What was `found` in an archive, as it is. Raises `UsageError` unless it is tensors of numbers."
     for name, x in found.items():
         if not isinstance(x, Tensor):
-            raise mistake(path, f"{name} is no tensor, but a {type(x).__name__}", MEND)
+            raise mistake(path, f"{name} is of type {type(x).__name__}, and no tensor", MEND)
     check_finite(found, path, MEND)
     return found
 
@@ -132,7 +142,7 @@ def in_path(path, pattern: str) -> re.Match | None:
     return None
 
 # %% ../nbs/13b_containers.ipynb #93e248c5
-NO_PLACE = "keep the names that its folders have on the hub, or give a hook"
+NO_PLACE = "keep its folders' names of the hub, or give load_sae a hook"
 
 
 def unplaced(path) -> UsageError:
@@ -160,7 +170,7 @@ def placed(path, reads, replaces=None, hook=None, **more) -> dict:
         if replaces is not None:
             about["hook_name_out"] = spelled(replaces)
     except UsageError as e:
-        raise mistake(path, str(e), "give load_sae a hook") from None
+        raise mistake(path, str(e).partition(";")[0], NO_PLACE) from None
     if replaces is None and only_read(reads):
         told = f"an SAE of {about['hook_name']}, which is only read"
         raise mistake(path, told, "give one of a place that can be replaced")

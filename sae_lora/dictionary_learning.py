@@ -16,6 +16,7 @@ from typing_extensions import NotRequired, TypedDict
 from .checked import Count, mistake, read_json
 from sae_lora.containers import (
     MEND,
+    NO_PLACE,
     arranged,
     built,
     in_path,
@@ -25,6 +26,7 @@ from sae_lora.containers import (
     spelled,
     unplaced,
 )
+from .files import UsageError
 from .sites import point_of
 
 # %% ../nbs/13f_dictionary_learning.ipynb #afbf0c94
@@ -104,10 +106,8 @@ def _class(trainer: dict, found: dict, path: Path) -> str:
         told = f"its tensors are those of {' and of '.join(fits) or 'no class that is known'}"
         raise mistake(path, told, "put the config.json of the run beside it")
     if name not in _LAYOUTS:
-        told = f"dict_class is {name[:40]!r}"
-        raise mistake(
-            path, told, f"give one of {len(_LAYOUTS)} classes, such as {fits or 'BatchTopKSAE'}"
-        )
+        told = f"dict_class is {name[:40]!r}, which is not known"
+        raise mistake(path, told, "give one of the classes of dictionary_learning 0.1")
     return name
 
 # %% ../nbs/13f_dictionary_learning.ipynb #54223b32
@@ -137,7 +137,7 @@ def _threshold(counts: dict, latents: int, path: Path) -> Tensor:
     threshold = float(counts["threshold"])
     if threshold < 0:
         told = f"its threshold is {threshold:g}: every positive latent would be active"
-        raise mistake(path, told, "train for at least threshold_start_step steps")
+        raise mistake(path, told, "give one that was trained for more than 1,000 steps")
     return torch.full((latents,), threshold)
 
 # %% ../nbs/13f_dictionary_learning.ipynb #b23e05db
@@ -176,7 +176,10 @@ def _submodule(trainer: dict, path: Path) -> tuple[int | None, str] | None:
         found = re.fullmatch(_SUBMODULE, name)
     if found:
         return found[2] and int(found[2]), _POINTS[found[1]]
-    return name and point_of(name)
+    try:
+        return name and point_of(name)
+    except UsageError:
+        raise mistake(path, f"submodule_name is {name[:60]!r}", NO_PLACE) from None
 
 # %% ../nbs/13f_dictionary_learning.ipynb #f6650a8b
 def _side(point: str, io: str, path: Path) -> str:

@@ -44,7 +44,7 @@ _Sparsify = TypedDict(
         "normalize_decoder": NotRequired[bool],
         "transcode": NotRequired[bool],
         "skip_connection": NotRequired[bool],
-        "signed": NotRequired[Literal[False]],
+        "signed": NotRequired[bool],
     },
 )
 
@@ -52,6 +52,9 @@ _Sparsify = TypedDict(
 def _sparsify_config(path: Path) -> dict:
     "What the `cfg.json` of sparsify says. Raises `UsageError` for what is not known to be right."
     about = read_json(path, _Sparsify, MEND)
+    if about.get("signed"):
+        told = "it is signed: it keeps negative latents too"
+        raise mistake(path, told, "give one that is not signed")
     for name in about.keys() - _Sparsify.__annotations__.keys():
         if about[name]:
             raise mistake(path, f"the key {name[:60]} is not known", "give one of sparsify 1.x")
@@ -97,6 +100,9 @@ def _module(folder: Path) -> str | None:
 def _sparsify_place(folder: Path, transcode: bool, hook) -> tuple[str, str | None]:
     "What an SAE of sparsify reads, and what it replaces if it is a transcoder."
     name = _module(folder)
+    if "embed_tokens" in folder.absolute().parts[-2:]:
+        told = "an SAE of token embeddings, which are at no decoder block"
+        raise mistake(folder, told, "give one of a block or of a module in it")
     if name is None and hook is None:
         raise unplaced(folder)
     if not transcode:
