@@ -12,7 +12,7 @@ from types import ModuleType
 
 _HOME = {
     "load_lm": "lm",
-    "load_sae": "sae",
+    "load_sae": "formats",
     "splice": "splice",
     "add_lora": "lora",
     "fit_lora": "train",

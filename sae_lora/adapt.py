@@ -15,12 +15,12 @@ from .adapters import save_adapter
 from .check import expected, preflight, step_rows, tokens_in, warnings_of
 from .files import STATE, UsageError, room, written
 from .fit import check_fit
+from .formats import load_sae
 from .lm import load_lm
 from .lora import add_lora
 from .processes import leads, processes
 from .recipes import check_budget, recipe_of
 from .report import check_length, held_out, report, run_folder, write_report
-from .sae import load_sae
 from .sites import site_of
 from .splice import check_saes
 from .text import Blocks, model_inputs, token_blocks

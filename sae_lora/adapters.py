@@ -25,11 +25,12 @@ from .anatomy import canonical
 from .checked import Count, Finite, mistake, no_file, read_json, read_tensors, said
 from .embedded import quietly
 from .files import UsageError, written
+from .formats import load_sae
 from .hub import asking, why
 from .lm import load_lm, special_ids
 from .lora import lora_parameters
 from .model_card import model_card
-from .sae import fingerprint, load_sae, save_sae
+from .sae import fingerprint, save_sae
 from sae_lora.sites import (
     hook_name,
     hook_point,

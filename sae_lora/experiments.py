@@ -20,13 +20,14 @@ from safetensors.torch import save_file
 
 from .checked import parse_json, read_tensors
 from .files import UsageError, cache_path, data_path, written
+from .formats import load_sae
 from .lm import load_lm
 from .lora import add_lora, lora_parameters
 from .metrics import fidelities, sparsity
 from .processes import processes
 from .recipes import RECIPES
 from .results import Results, key, project, rows_path
-from .sae import fingerprint, load_sae, save_sae
+from .sae import fingerprint, save_sae
 from .sites import Site, for_json, point_of, site_of
 from .splice import check_saes
 from .states import harvest

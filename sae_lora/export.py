@@ -124,7 +124,7 @@ def run_export(
     """Write the adapted model of a run or an adapter in the folder `run` to `out`, for others.
 
     `tokens` held-out tokens of `text`, in rows of `length`, tell what merging costs. Gives what
-    `export.json` says. Raises `UsageError` where `run` holds no adapter, or `out` holds other things."""
+    `export.json` says. Raises `UsageError` where there is no adapter, or `out` is not free."""
     out = Path(out)
     if not (out / "export.json").exists():
         free_folder(out)

@@ -156,7 +156,7 @@ def _own_site(sae, spec: str):
 # %% ../nbs/54_options.ipynb #85014870
 def parse_saes(specs: list[str]) -> dict:
     "SAEs by site from `SPEC` or `LAYER=SPEC`. Raises `UsageError` for no site, or one twice."
-    from sae_lora.sae import load_sae
+    from sae_lora.formats import load_sae
     from sae_lora.sites import in_words, site_of
 
     saes = {}

@@ -25,12 +25,12 @@ from torch import Tensor
 
 from .arithmetic import bf16_pays, can_compile
 from .experiments import saes_at, world
+from .formats import load_sae
 from .lm import Head, decoder_blocks, device_of, head, linears, load_lm, on_device
 from .lora import add_lora
 from .loss import kl_loss
 from .metrics import fidelity, held_out_loss
 from .recipes import RECIPES
-from .sae import load_sae
 from .sites import hook_name
 from .splice import splice
 from .states import harvest

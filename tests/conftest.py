@@ -47,8 +47,8 @@ def world():
 
     No test may leave an adapter behind.
     """
+    from sae_lora.formats import load_sae
     from sae_lora.lm import load_lm
-    from sae_lora.sae import load_sae
     from sae_lora.text import token_blocks
 
     lm, tok = load_lm("smollm2-135m")

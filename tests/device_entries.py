@@ -270,7 +270,7 @@ def passes(device, dtype, architecture):
     "splice.replaceable",
     "splice.positions_kept",
     "splice.Identity",
-    "sae.load_sae",
+    "formats.load_sae",
     "sae.reconstruct",
     "sae.active",
     "sae.fingerprint",
@@ -308,7 +308,7 @@ def splices(device, dtype, kind, architecture):
     )
 
 
-@covers("splice.splice", "sae.load_sae", each=KINDS)
+@covers("splice.splice", "formats.load_sae", each=KINDS)
 def generation(device, dtype, kind):
     lm, tok, saes = adapted(device, dtype, kind)
     ids = blocks().valid[:2, :6].to(device)  # Hugging Face's own function takes what is there
@@ -319,7 +319,35 @@ def generation(device, dtype, kind):
     return dict(cached=cached)
 
 
-@covers("sae.save_sae", "sae.load_sae", "sae.fingerprint")
+@covers(
+    "kinds.Largest",
+    "kinds.GroupMaxSAE",
+    "kinds.GroupMaxSAEConfig",
+    "kinds.TopKTranscoder",
+    "kinds.TopKTranscoderConfig",
+    "kinds.TopKSkipTranscoder",
+    "kinds.TopKSkipTranscoderConfig",
+    "sae.reconstruct",
+    "sae.active",
+    each=[("groupmax",), ("topk_transcoder",), ("topk_skip_transcoder",)],
+)
+def kinds_that_saelens_lacks(device, dtype, kind):
+    make, configure = PACKAGE["kinds"].KINDS[kind]
+    wide = {} if kind == "groupmax" else dict(d_out=24)
+    torch.manual_seed(0)
+    own = make(configure(d_in=32, d_sae=64, k=8, **wide)).requires_grad_(False)
+    for p in own.parameters():
+        p.copy_(torch.randn_like(p))
+    x = torch.randn(4, 6, 32).to(dtype)
+    own, x = own.to(device), x.to(device)
+    with torch.no_grad():
+        active = PACKAGE["sae"].active(own, x)[0].sort().values
+        with patch.object(PACKAGE["sae"], "PIECE", 64 * 5):
+            parted = api.reconstruct(own, x)
+        return dict(found=api.reconstruct(own, x), active=active, parted=parted)
+
+
+@covers("sae.save_sae", "formats.load_sae", "sae.fingerprint")
 def saes_saved_from_the_device(device, dtype):
     lm, _ = loaded(device, dtype)
     own, folder = api.check_saes(lm, {1: sae()})[1], fresh()

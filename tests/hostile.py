@@ -358,7 +358,7 @@ class World:
         write_model(self / "model")
         write_model(self / "other-model", seed=1)
         write_gguf(self / "model.gguf")
-        write_scope(self / "scope" / "layer_1")
+        write_scope(self / "scope" / "res" / "layer_1")
         write_texts(self / "texts")
         write_clone(self / "clone")
         rows = [

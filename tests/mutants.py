@@ -173,7 +173,8 @@ def checked(option: str, below: str = ""):
 
 def from_gguf(world, thing: Path, case: Path) -> list:
     "A check of a model in one file, with an SAE that suits any."
-    return ["check", *world.inputs(model=thing, sae=world / "scope" / "layer_1"), *world.budget]
+    sae = world / "scope" / "res" / "layer_1"
+    return ["check", *world.inputs(model=thing, sae=sae), *world.budget]
 
 
 def measured(world, thing: Path, case: Path) -> list:
@@ -230,7 +231,9 @@ KINDS = {
     "sae/configuration": Kind(
         "sae", "cfg.json", "json", checked("sae"), ("architecture", "d_in", "d_sae", "k")
     ),
-    "scope/arrays": Kind("scope", "layer_1/params.npz", "arrays", checked("sae", "layer_1")),
+    "scope/arrays": Kind(
+        "scope", "res/layer_1/params.npz", "arrays", checked("sae", "res/layer_1")
+    ),
     "text/txt": Kind("texts/text.txt", "", "text", checked("text")),
     "text/jsonl": Kind("texts/text.jsonl", "", "text", checked("text")),
     "text/csv": Kind("texts/text.csv", "", "text", checked("text")),

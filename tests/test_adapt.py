@@ -80,7 +80,7 @@ def test_the_adapters_card_tells_both(tmp_path):
 
 
 def test_an_sae_is_kept_when_its_measurement_fails(tmp_path, monkeypatch):
-    from sae_lora.sae import load_sae
+    from sae_lora.formats import load_sae
 
     def fails(*args):
         raise RuntimeError("no memory left")

@@ -33,10 +33,11 @@ from sae_lora.checked import (
 )
 from sae_lora.documents import document_parts, documents
 from sae_lora.files import UsageError
+from sae_lora.formats import load_sae
 from sae_lora.lm import load_lm
 from sae_lora.lora import add_lora, lora_parameters
 from sae_lora.pretrained import causal
-from sae_lora.sae import load_sae, save_sae
+from sae_lora.sae import save_sae
 from sae_lora.text import token_blocks
 
 
@@ -568,14 +569,15 @@ def test_gemma_scope_files(tmp_path, arrays, words):
         b_dec=np.ones(32, "f4"),
         threshold=np.ones(64, "f4"),
     )
-    np.savez(tmp_path / "params.npz", **whole)
-    load_sae(tmp_path)
-    (tmp_path / "config.json").write_text("[]")
-    refused("config.json", "a list", by=lambda: load_sae(tmp_path))
-    np.savez(
-        tmp_path / "params.npz", **{n: x for n, x in (whole | arrays).items() if x is not None}
-    )
-    refused("params.npz", *words, by=lambda: load_sae(tmp_path))
+    folder = tmp_path / "gemma-scope-2b-pt-res" / "layer_12"
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **whole)
+    load_sae(folder)
+    (folder / "config.json").write_text("[]")
+    refused("config.json", "a list", by=lambda: load_sae(folder))
+    (folder / "config.json").unlink()
+    np.savez(folder / "params.npz", **{n: x for n, x in (whole | arrays).items() if x is not None})
+    refused("params.npz", *words, by=lambda: load_sae(folder))
 
 
 @pytest.mark.parametrize(

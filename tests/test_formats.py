@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from sae_lora.adapters import attach_adapter, load_adapter, save_adapter
 from sae_lora.files import UsageError
 from sae_lora.fit import check_fit
+from sae_lora.formats import load_sae
 from sae_lora.lm import load_lm
 from sae_lora.lora import add_lora, lora_parameters
-from sae_lora.sae import fingerprint, load_sae, reconstruct, save_sae
+from sae_lora.sae import fingerprint, reconstruct, save_sae
 from sae_lora.sites import layer_of
 from sae_lora.splice import splice
 
@@ -82,7 +83,7 @@ def gemma_scope(folder, d_in=32, d_sae=64):
 
 @pytest.mark.parametrize("give_file", [True, False])
 def test_gemma_scope(tmp_path, give_file):
-    folder = tmp_path / "layer_12" / "width_16k" / "average_l0_82"
+    folder = tmp_path / "gemma-scope-2b-pt-res" / "layer_12" / "width_16k" / "average_l0_82"
     a = gemma_scope(folder)
     sae = load_sae(folder / "params.npz" if give_file else folder)
     before = X.double().numpy() @ a["W_enc"] + a["b_enc"]

@@ -380,7 +380,8 @@ GGUF = {
 
 def test_a_cut_gguf(tiny_world, case):
     model = copied(tiny_world / "model.gguf", case)
-    arguments = ["check", *tiny_world.inputs(model=model, sae=tiny_world / "scope" / "layer_1")]
+    sae = tiny_world / "scope" / "res" / "layer_1"
+    arguments = ["check", *tiny_world.inputs(model=model, sae=sae)]
     holds(tiny_world, tiny_world.run(*arguments, *BUDGET), refused=False)
     cut(model)
     ran = tiny_world.run(*arguments, *BUDGET)
@@ -492,7 +493,7 @@ SCOPE = {
 @pytest.mark.parametrize("name", SCOPE)
 def test_damaged_gemma_scope(tiny_world, case, name):
     damage, words = SCOPE[name]
-    sae = copied(tiny_world / "scope", case) / "layer_1"
+    sae = copied(tiny_world / "scope", case) / "res" / "layer_1"
     damage(sae)
     ran = tiny_world.run("check", *tiny_world.inputs(sae=sae), *BUDGET)
     holds(tiny_world, ran, refused=None if name == "whole numbers" else True, words=words)
