@@ -752,7 +752,8 @@ def transcoder(device, dtype, read: str, layer: int = 2):
 )
 def splices_within_blocks(device, dtype, architecture):
     lm, _ = loaded(device, dtype, architecture)
-    heads, mlp, out = api.Site(1, "attn.hook_z"), api.Site(2, "hook_mlp_out"), {}
+    out = {}
+    heads, mlp = api.Site(1, "attn.hook_z"), api.Site(2, "hook_mlp_out")
     saes = {heads: sae(), mlp: transcoder(device, dtype, "ln2.hook_normalized")}
     for rows in ROWS:
         batch = api.model_inputs(blocks(rows).train[:4])
@@ -779,7 +780,7 @@ def transcoders_trained(device, dtype):
     "export.merged",
     "export.merged_weights",
     "export.kl_of_merging",
-    "export.circuit_tracer",
+    "export.write_circuit_tracer",
     "export.run_export",
 )
 def exports(device, dtype):
@@ -790,7 +791,7 @@ def exports(device, dtype):
     with torch.no_grad():
         final = api.hidden(plain, api.model_inputs(rows), "final")
     coder = transcoder(device, dtype, "mlp.hook_in", layer=0)
-    api.circuit_tracer({api.Site(0, "hook_mlp_out"): coder}, "tiny", folder / "set")
+    api.write_circuit_tracer({api.Site(0, "hook_mlp_out"): coder}, "tiny", folder / "set")
     api.save_adapter(lm, saes, folder / "adapter")
     with chosen(device, dtype):
         told = api.run_export(folder / "adapter", folder / "out", tokens=128, length=32)

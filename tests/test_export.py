@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from test_sites import transcoder
 from transformers import AutoModelForCausalLM
 
-from sae_lora.export import circuit_tracer, export_lines, merged, run_export
+from sae_lora.export import export_lines, merged, run_export, write_circuit_tracer
 from sae_lora.files import UsageError
 from sae_lora.lora import add_lora, lora_parameters
 from sae_lora.sites import Site
@@ -59,7 +59,7 @@ def own_rule(folder, layer: int, x):
 @pytest.mark.parametrize("skip", [False, True])
 def test_a_set_of_transcoders_is_read_by_its_definition(skip, tmp_path):
     saes = {Site(i, "hook_mlp_out"): transcoder(seed=i, skip=skip) for i in range(3)}
-    circuit_tracer(saes, "some/model", tmp_path / "set")
+    write_circuit_tracer(saes, "some/model", tmp_path / "set")
     about = yaml.safe_load((tmp_path / "set" / "config.yaml").read_text())
     assert about["model_kind"] == "transcoder_set" and about["feature_input_hook"] == "mlp.hook_in"
     x = torch.randn(4, 32)
@@ -70,10 +70,10 @@ def test_a_set_of_transcoders_is_read_by_its_definition(skip, tmp_path):
 def test_what_is_no_set_is_refused(tmp_path):
     one, other = transcoder(), transcoder(skip=True)
     with pytest.raises(UsageError, match="at every layer from 0 on"):
-        circuit_tracer({Site(1, "hook_mlp_out"): one}, "m", tmp_path / "set")
+        write_circuit_tracer({Site(1, "hook_mlp_out"): one}, "m", tmp_path / "set")
     with pytest.raises(UsageError, match="alike"):
         both = {Site(0, "hook_mlp_out"): one, Site(1, "hook_mlp_out"): other}
-        circuit_tracer(both, "m", tmp_path / "set")
+        write_circuit_tracer(both, "m", tmp_path / "set")
     assert not (tmp_path / "set").exists()
 
 
