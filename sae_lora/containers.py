@@ -142,7 +142,7 @@ def in_path(path, pattern: str) -> re.Match | None:
     return None
 
 # %% ../nbs/13b_containers.ipynb #03de6ebb
-NO_PLACE = "keep the hub's folder names, or give a hook (LAYER= in a command)"
+NO_PLACE = "keep the hub's folder names, or give a hook (command: LAYER=)"
 
 
 class Unplaced(UsageError):

@@ -597,6 +597,9 @@ def test_a_transcoder_of_the_registry_reads_what_its_module_does(affine, tmp_pat
     close(sae.encode(X), acts)
     close(reconstruct(sae, X), y)
     assert (hook_name(sae), replaced_name(sae)) == (wanted.reads, wanted.replaces)
+    save_sae(sae, tmp_path / "ours")
+    sae = load_sae(tmp_path / "ours", hook="blocks.9.hook_resid_mid")
+    assert (hook_name(sae), replaced_name(sae)) == ("blocks.9.hook_resid_mid", wanted.replaces)
 
 
 def test_what_the_registry_reads_and_no_block_has_is_refused(monkeypatch):
