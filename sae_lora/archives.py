@@ -173,8 +173,7 @@ def _wanted(places: dict[str, dict], path: Path, hook) -> str:
         return next(iter(places))
     fits = [place for place in places if hook is not None and _same(place, hook)]
     if len(fits) != 1:
-        told = f"it holds SAEs of {', '.join(places)}"
-        raise mistake(path, told, "give one of them as hook")
+        raise unplaced(path, f"it holds SAEs of {', '.join(places)}")
     return fits[0]
 
 # %% ../nbs/22_archives.ipynb #c3687267

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEND', 'NO_PLACE', 'read_archive', 'only_tensors', 'shapes_of', 'arranged', 'check_square', 'spelled', 'only_read',
-           'in_path', 'unplaced', 'placed', 'built', 'fold_mean', 'decoder_norms', 'norms_in_encoder']
+           'in_path', 'Unplaced', 'unplaced', 'placed', 'built', 'fold_mean', 'decoder_norms', 'norms_in_encoder']
 
 # %% ../nbs/17_containers.ipynb #ffb24abe
 import pickle
@@ -141,13 +141,17 @@ def in_path(path, pattern: str) -> re.Match | None:
                 return found
     return None
 
-# %% ../nbs/17_containers.ipynb #93e248c5
-NO_PLACE = "keep its folders' names of the hub, or give load_sae a hook"
+# %% ../nbs/17_containers.ipynb #03de6ebb
+NO_PLACE = "keep the hub's folder names, or give a hook (command: LAYER=)"
 
 
-def unplaced(path) -> UsageError:
-    "What to say of an SAE of which nothing says where it belongs."
-    return mistake(path, "nothing in it or in its path says where in a model it belongs", NO_PLACE)
+class Unplaced(UsageError):
+    "Nothing says where in a model an SAE belongs, so the user has to."
+
+
+def unplaced(path, told: str = "nothing in it or in its path says where it belongs") -> Unplaced:
+    "What to say of an SAE whose place has to be given."
+    return Unplaced(str(mistake(path, told, NO_PLACE)))
 
 # %% ../nbs/17_containers.ipynb #5f9ca204
 def _at(hook, reads, replaces) -> tuple:

@@ -32,7 +32,7 @@ Source = option(
 )
 Saes = option(
     list[str],
-    "[LAYER=]SPEC: default, a SAELens or Gemma Scope folder, or release:id "
+    "[LAYER=]SPEC: default, the folder or file of any published format, or release:id "
     "of the SAELens registry. Repeatable.",
     "--sae",
 )
@@ -153,16 +153,28 @@ def _own_site(sae, spec: str):
         raise UsageError(f"SAE {spec!r} does not say which layer it belongs to; give LAYER={spec}")
     return site_of(where)
 
+# %% ../nbs/69_options.ipynb #68669897
+def _loaded(what: str, where: str):
+    "An SAE; `where` is the user's layer for it, or nothing, and counts where its file says none."
+    from sae_lora.containers import Unplaced
+    from sae_lora.formats import load_sae
+
+    try:
+        return load_sae(what)
+    except Unplaced:
+        if not where:
+            raise
+    return load_sae(what, hook=where)
+
 # %% ../nbs/69_options.ipynb #85014870
 def parse_saes(specs: list[str]) -> dict:
     "SAEs by site from `SPEC` or `LAYER=SPEC`. Raises `UsageError` for no site, or one twice."
-    from sae_lora.formats import load_sae
     from sae_lora.sites import in_words, site_of
 
     saes = {}
     for spec in specs:
         where, what = _placed(spec)
-        sae = load_sae(what)
+        sae = _loaded(what, where)
         site = site_of(where) if where else _own_site(sae, spec)
         if site in saes:
             raise UsageError(f"two SAEs at {in_words(site)}; give one")

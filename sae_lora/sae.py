@@ -107,7 +107,7 @@ def _whole(sae, x: Tensor) -> Tensor:
     "The reconstruction of hidden states, all at once, in their dtype."
     if _sparse(sae):
         return _decoded(sae, x).to(x.dtype)
-    return sae(x.to(sae.dtype) if transcodes(sae) else x).to(x.dtype)
+    return sae(x.to(getattr(sae, "dtype", x.dtype)) if transcodes(sae) else x).to(x.dtype)
 
 # %% ../nbs/15_sae.ipynb #0c6609c9
 def reconstruct(sae, x: Tensor) -> Tensor:

@@ -124,6 +124,7 @@ def moved(sae, hook, where):
         reads, replaces = hook_name(sae), replaced_name(sae) if transcodes(sae) else None
         for name, place in placed(where, reads, replaces, hook).items():
             sae.cfg.metadata[name] = place
+            sae.cfg.metadata[f"hf_{name}"] = None  # which says where it was before
 
 # %% ../nbs/24_saelens.ipynb #1c8ce7d0
 def _name_places(about):

@@ -23,6 +23,7 @@ from torch.nn.functional import relu
 from sae_lora import sae as sae_module
 from sae_lora.files import UsageError
 from sae_lora.formats import FORMATS, load_sae, recognised
+from sae_lora.options import parse_saes
 from sae_lora.sae import fingerprint, reconstruct, save_sae
 from sae_lora.sites import hook_name, replaced_name, site_of, transcodes
 
@@ -196,9 +197,13 @@ mutant("scope: no bias", SCOPE, tensors(b_dec=None), "missing: b_dec")
 mutant("scope: one more", SCOPE, tensors(scaling_factor=torch.ones(N)), "not known: scaling_factor")
 mutant("scope: NaN", SCOPE, tensors(**nan), "b_enc holds NaN")
 mutant(
-    "scope: no site", SCOPE, renamed("gemma-scope-2b-pt-res", "mine"), "where in a model", "hook"
+    "scope: no site",
+    SCOPE,
+    renamed("gemma-scope-2b-pt-res", "mine"),
+    "says where it belongs",
+    "hook",
 )
-mutant("scope: no layer", SCOPE, renamed("layer_12", "twelve"), "where in a model")
+mutant("scope: no layer", SCOPE, renamed("layer_12", "twelve"), "says where it belongs")
 mutant("scope: embedding", SCOPE, renamed("layer_12", "embedding"), "embeddings")
 mutant("scope: skip in an SAE", SCOPE, tensors(W_skip=torch.ones(D, D)), "W_skip", "transcoder")
 skip = torch.ones(D, D)
@@ -223,7 +228,7 @@ hook = dict(hf_hook_point_in="model.layers.9.router.output")
 mutant("scope 2: another module", SCOPE_2, config("config.json", **hook), "router")
 hook = dict(hf_hook_point_in="model.layers.9.pre_feedforward_layernorm.output")
 mutant("scope 2: an SAE of what is read", SCOPE_2, config("config.json", **hook), "only read")
-mutant("scope 2: no site", CODER_2, renamed("transcoder_all", "all"), "where in a model")
+mutant("scope 2: no site", CODER_2, renamed("transcoder_all", "all"), "says where it belongs")
 mutant("scope 2: all layers", CODER_2, tensors(w_dec=torch.ones(N, 18, D)), "cross-layer", "18")
 mutant("scope 2: clt", CODER_2, beside("params_layer_3.safetensors"), "cross-layer")
 
@@ -241,7 +246,8 @@ mutant("llama: another width", OLD, config(HYPER, d_sae=128), "128 latents", "64
 mutant("llama: transposed", OLD, tensors(encoder__weight=turn), "encoder.weight", "transposed")
 mutant("llama: no bias", OLD, tensors(decoder__bias=None), "missing: decoder.bias")
 
-NEW, NEW_TC, ABOUT = "llamascopium jumprelu", "llamascopium topk transcoder", "config.json"
+NEW, NEW_TC = "llamascopium jumprelu", "llamascopium topk transcoder"
+ABOUT = "config.json"
 norm = "dataset_average_activation_norm.blocks.3"
 unscaled = {f"{norm}.hook_resid_post": None}
 mutant("scopium: unfolded norm", NEW, tensors(**unscaled), "norm_factor")
@@ -277,7 +283,7 @@ mutant("sparsify: another kind", CODER, config(CFG, transcode=False), "not known
 mutant("sparsify: transposed", "sparsify SAE", tensors(encoder__weight=turn), "transposed")
 mutant("sparsify: no bias", "sparsify SAE", tensors(b_dec=None), "missing: b_dec")
 mutant("sparsify: embeddings", "sparsify SAE", renamed("layers.10", "embed_tokens"), "embeddings")
-mutant("sparsify: renamed", "sparsify SAE", renamed("layers.10", "mine"), "where in a model")
+mutant("sparsify: renamed", "sparsify SAE", renamed("layers.10", "mine"), "says where it belongs")
 mutant("sparsify: not an MLP", CODER, renamed("layers.3.mlp", "layers.3.self_attn"), "not an MLP")
 mutant("sparsify: a block", CODER, renamed("layers.3.mlp", "layers.3"), "not an MLP")
 
@@ -342,11 +348,14 @@ mutant("openai: no k", GPT2, tensors(activation_state_dict={}), "k is missing")
 mutant("openai: k", GPT2, tensors(activation_state_dict=dict(k=65)), "k is 65, of 64")
 mutant("openai: one more", GPT2, tensors(gain=torch.ones(3)), "not known: gain")
 site = "resid_post_mlp_v5_32k"
-mutant("openai: no site", GPT2, renamed(site, "mine"), "where in a model")
+mutant("openai: no site", GPT2, renamed(site, "mine"), "says where it belongs")
 mutant("openai: neurons", GPT2, renamed(site, "mlp_post_act_v5_32k"), "mlp_post_act")
 mutant("openai: only read", GPT2, renamed(site, "resid_post_attn_v5_32k"), "only read")
 mutant(
-    "goodfire: no layer", GOOD, renamed("Llama-3.1-8B-Instruct-SAE-l19.pth", "a.pth"), "where in"
+    "goodfire: no layer",
+    GOOD,
+    renamed("Llama-3.1-8B-Instruct-SAE-l19.pth", "a.pth"),
+    "says where it belongs",
 )
 mutant(
     "goodfire: no bias", GOOD, tensors(encoder_linear__bias=None), "missing: encoder_linear.bias"
@@ -428,6 +437,14 @@ def test_a_hook_overrides_the_place(name, tmp_path):
         sae = load_sae(wanted.path, hook="blocks.2.hook_resid_mid")
         assert hook_name(sae) == "blocks.2.hook_resid_mid"
         assert replaced_name(sae) == wanted.replaces
+
+
+def test_a_layer_on_the_command_line_is_the_place_of_a_file_that_has_none(tmp_path):
+    path = tmp_path / "params.npz"
+    made(SCOPE, tmp_path / "named").path.rename(path)
+    assert list(parse_saes([f"7={path}"])) == [7]
+    with pytest.raises(UsageError, match="LAYER="):
+        parse_saes([str(path)])
 
 
 def test_a_hook_chooses_one_of_several(tmp_path):
@@ -580,6 +597,9 @@ def test_a_transcoder_of_the_registry_reads_what_its_module_does(affine, tmp_pat
     close(sae.encode(X), acts)
     close(reconstruct(sae, X), y)
     assert (hook_name(sae), replaced_name(sae)) == (wanted.reads, wanted.replaces)
+    save_sae(sae, tmp_path / "ours")
+    sae = load_sae(tmp_path / "ours", hook="blocks.9.hook_resid_mid")
+    assert (hook_name(sae), replaced_name(sae)) == ("blocks.9.hook_resid_mid", wanted.replaces)
 
 
 def test_what_the_registry_reads_and_no_block_has_is_refused(monkeypatch):
