@@ -219,6 +219,7 @@ def export(
     folder: options.Folder,
     to: options.To,
     text: options.Source = "default",
+    length: options.Length = 256,
     device: options.Device = None,
     as_json: options.Json = False,
 ):
@@ -230,7 +231,7 @@ def export(
     check_text(text)
     from sae_lora.export import export_lines, run_export
 
-    found = run_export(folder, to, text, device=device)
+    found = run_export(folder, to, text, length=length, device=device)
     print(json.dumps(found, indent=1) if as_json else export_lines(found))
 
 # %% ../nbs/71_cli.ipynb #8a57a51b

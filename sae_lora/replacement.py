@@ -21,10 +21,18 @@ def stages_of(saes: dict, stages: int) -> list[dict]:
     "The SAEs that are in at each stage: ever more of them, from the last site to the first."
     in_range("stages", stages, 1, len(saes))
     order = sorted(saes, reverse=True)
-    ends = [math.ceil(len(order) * (i + 1) / stages) for i in range(stages)]
-    return [{site: saes[site] for site in order[:end]} for end in ends]
+
+    def some(share: float) -> dict:
+        return {site: saes[site] for site in order[: math.ceil(share * len(order))]}
+
+    return [some((i + 1) / stages) for i in range(stages)]
 
 # %% ../nbs/59_replacement.ipynb #c98e6f68
+def _later(row: dict, before: dict) -> dict:
+    "A row of a curve that goes on from another."
+    return row | {name: row[name] + before[name] for name in before}
+
+# %% ../nbs/59_replacement.ipynb #c32c7940
 def fit_curriculum(lm, saes: dict, rows: Tensor, tokens: int, stages: int, **options) -> list[dict]:
     """Train the adapter of `lm` as `fit_lora` does, with more of the `saes` in at each stage.
 
@@ -32,7 +40,7 @@ def fit_curriculum(lm, saes: dict, rows: Tensor, tokens: int, stages: int, **opt
     curve, before = [], dict(tokens=0, seconds=0.0)
     for some in stages_of(saes, stages):
         own = fit_lora(lm, some, rows, tokens // stages, **options)
-        curve += [r | {name: r[name] + before[name] for name in before} for r in own]
+        curve += [_later(row, before) for row in own]
         before = {name: curve[-1][name] for name in before}
     return curve
 

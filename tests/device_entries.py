@@ -782,6 +782,7 @@ def transcoders_trained(device, dtype):
     "export.kl_of_merging",
     "export.write_circuit_tracer",
     "export.run_export",
+    "cli.export",
 )
 def exports(device, dtype):
     lm, _ = loaded(device, dtype)
@@ -795,6 +796,9 @@ def exports(device, dtype):
     api.save_adapter(lm, saes, folder / "adapter")
     with chosen(device, dtype):
         told = api.run_export(folder / "adapter", folder / "out", tokens=128, length=32)
+    arguments = [folder / "adapter", "--to", folder / "again", "--length", 32]
+    again = command(device, dtype, "export", *arguments)
+    assert again["saes"] == told["saes"]
     return dict(kl=api.kl_of_merging(lm, plain, saes, rows), final=final, tokens=told["tokens"])
 
 
@@ -1180,7 +1184,7 @@ def small_demo():
 
     with (
         patch.object(PACKAGE["pretrained"], "embedded", lambda name: model_folder(layers=16)),
-        patch.object(PACKAGE["sae"], "data_path", data_path),
+        patch.object(PACKAGE["formats"], "data_path", data_path),
         patch.object(PACKAGE["text"], "corpus", lambda source: documents(900)),
     ):
         yield
@@ -1296,6 +1300,19 @@ def variant(device, dtype):
     for row in rows:
         row.pop("seconds")
         row.pop("tuning", None)  # shares, quotients of small differences
+    return rows
+
+
+@covers("replacement.stages_of", "replacement.fit_curriculum", "replacement.replacement_rows")
+def replacement_model(device, dtype):
+    coder = dict(width=64, k=8, tokens=2048, transcoder=True, skip=True)
+    specs = [dict(layer=i) | coder for i in (1, 2)]
+    with small_rows(device, dtype) as lms:
+        runs = [small_run(sae=specs, stages=n) | dict(tokens=m) for n, m in ((1, 0), (2, 128))]
+        rows = list(api.replacement_rows(runs))
+    assert on(lms, device)
+    for row in rows:
+        row.pop("train_seconds", None)
     return rows
 
 
