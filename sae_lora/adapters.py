@@ -23,6 +23,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from .anatomy import canonical
 from .checked import Count, Finite, mistake, no_file, read_json, read_tensors, said
+from .containers import Unplaced
 from .embedded import quietly
 from .files import UsageError, written
 from .formats import load_sae
@@ -190,13 +191,22 @@ def _check_site(lm, folder: Path, site, sae):
         other = f"its SAE at {in_words(site)} says that it was trained at {str(named)[:60]}"
         raise mistake(folder / "sae_lora.json", other, _MEND)
 
+# %% ../nbs/30_adapters.ipynb #03e391a9
+def _its_sae(folder: Path, entry: dict):
+    "The SAE of an entry, from where it says; of the entry's site where its own file names none."
+    source = _source(folder, entry["source"])
+    try:
+        return load_sae(source)
+    except Unplaced:
+        return load_sae(source, hook=hook_point(site_in(entry)))
+
 # %% ../nbs/30_adapters.ipynb #cdbe215d
 def _own_saes(lm, folder: Path, entries: list[dict], given: dict | None) -> dict:
     "The SAEs of an adapter, from where it says, or those given. Raises where they are not its own."
     if given:
         saes = {canonical(lm, site_of(where)): sae for where, sae in given.items()}
     else:
-        saes = {site_in(e): load_sae(_source(folder, e["source"])) for e in entries}
+        saes = {site_in(e): _its_sae(folder, e) for e in entries}
     for entry in entries:
         _check_weights(entry, saes)
         _check_site(lm, folder, site_in(entry), saes[site_in(entry)])

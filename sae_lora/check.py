@@ -349,8 +349,8 @@ def _budget(p: dict) -> str:
 # %% ../nbs/63_check.ipynb #095de3cb
 def _line_of_sae(s: dict) -> tuple[str, str]:
     "The line of one SAE, in two parts."
-    kind = s["architecture"].replace("_", " ")
-    if s["d_sae"]:
+    kind = s.get("architecture", "SAE").replace("_", " ")  # older reports have no more
+    if s.get("d_sae"):
         kind += f" of {s['d_sae']:,} latents, decoder norm {s['decoder_norm']:.2f}"
     promised = f", {s['promised_l0']:.0f} promised" if s["promised_l0"] else ""
     unexplained = f"{100 * s['fvu']:.0f} % of the variance unexplained"

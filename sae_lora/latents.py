@@ -10,12 +10,13 @@ __all__ = ['latents_at', 'latents_in_model', 'firing', 'some_latents', 'passages
 import torch
 from torch import Tensor, nn
 
+from .anatomy import place
 from .files import UsageError
 from .hidden import hidden
 from .lm import decoder_blocks, head, on_device, stack
 from .models import MODELS, as_model
 from .sae import PIECE
-from .sites import read_by
+from .sites import Site, read_by, replaced_name, site_of
 from .splice import at_home, replaceable
 from .text import model_inputs, token_ids
 
@@ -143,6 +144,18 @@ def _final_gain(lm, width: int, device) -> Tensor:
     sign[::2] = -1
     return torch.ones_like(sign) if norm is None else (norm(sign) - norm(-sign)) / 2 * sign
 
+# %% ../nbs/44_latents.ipynb #2f5b3c21
+def _into_stream(lm, sae, rows: Tensor) -> Tensor:
+    "Decoder rows `(latents, …)` of `sae` as they are added to the residual stream."
+    name = replaced_name(sae)
+    site = site_of(name) if name else 0
+    if not isinstance(site, Site) or site.point != "attn.hook_z":
+        return rows
+    projection = place(lm, site).module
+    linear = getattr(projection, "base_layer", projection)
+    own = rows.to(linear.weight)
+    return (linear(own) - linear(torch.zeros_like(own))).float()
+
 # %% ../nbs/44_latents.ipynb #a69d83cc
 @torch.no_grad()
 def promotes(lm, tok, sae, latents: list[int], n: int = 8) -> list[dict[str, list[str]]]:
@@ -150,8 +163,8 @@ def promotes(lm, tok, sae, latents: list[int], n: int = 8) -> list[dict[str, lis
 
     The row goes through the final norm's gain and the head alone, not through later layers."""
     W = head(lm).weight.float()
-    rows = decoder(sae)[latents].float().to(W.device)
-    z = W @ (rows * _final_gain(lm, sae.cfg.d_in, W.device)).T
+    rows = _into_stream(lm, sae, decoder(sae)[latents].float().to(W.device))
+    z = W @ (rows * _final_gain(lm, rows.shape[-1], W.device)).T
     z = z - z.mean(0)
     return [
         dict(

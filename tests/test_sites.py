@@ -14,6 +14,7 @@ from sae_lora.anatomy import FAMILIES, canonical, place, width_at
 from sae_lora.files import UsageError
 from sae_lora.fit import check_fit, seen_and_replaced
 from sae_lora.hidden import hidden, hidden_each
+from sae_lora.latents import _into_stream
 from sae_lora.lm import decoder_blocks
 from sae_lora.lora import add_lora, lora_layers, lora_parameters, targets_of
 from sae_lora.metrics import fidelity, sparsity
@@ -468,3 +469,14 @@ def test_a_transcoder_learns_the_mlp(skip, tmp_path, monkeypatch):
     assert measured["fvu"] < 0.2 and measured["l0"] <= 24
     assert abs(measured["fvu"] - curve[-1]["loss"]) < 0.1
     check_fit(lm, {MLP: sae}, {"input_ids": rows[:8]})
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_latents_of_the_heads_write_through_the_projection(name):
+    lm, sae = tiny(name), random_sae(hook_name="blocks.1.attn.hook_z")
+    projection = place(lm, Site(1, "attn.hook_z")).module
+    weight = projection.weight if name == "gpt2" else projection.weight.T
+    torch.testing.assert_close(_into_stream(lm, sae, sae.W_dec), sae.W_dec @ weight)
+    other = random_sae(hook_name="blocks.1.hook_mlp_out")
+    assert _into_stream(lm, other, other.W_dec) is other.W_dec
