@@ -38,7 +38,7 @@ library_name: saelens
 
 {measured}
 
-    from sae_lens import SAE
+{kinds}    from sae_lens import SAE
     sae = SAE.load_from_disk("this/folder")
 """
 
@@ -54,9 +54,10 @@ SAE_MEASURED = (
 def _about(r: dict) -> dict[str, str]:
     "What was trained, and where, for the card."
     if "hook_out" not in r:
-        return dict(kind="TopK SAE", hooks=f"`{r['hook']}`")
+        return dict(kind="TopK SAE", hooks=f"`{r['hook']}`", kinds="")
     kind = "TopK skip transcoder" if r["skip"] else "TopK transcoder"
-    return dict(kind=kind, hooks=f"`{r['hook']}` → `{r['hook_out']}`")
+    kinds = "    import sae_lora.kinds  # SAELens has none of this kind\n"
+    return dict(kind=kind, hooks=f"`{r['hook']}` → `{r['hook_out']}`", kinds=kinds)
 
 # %% ../nbs/65_sae_run.ipynb #c9879bd7
 def sae_card(r: dict) -> str:
