@@ -316,7 +316,7 @@ def load_adapter(source, trainable: bool = False, **options) -> Adapted:
     _check_adapter(folder)  # before a model is loaded for it
     lm, tok = load_lm(about["model"], **options)
     saes = attach_adapter(lm, folder, trainable=trainable)
-    return Adapted(lm, tok, saes, partial(splice, lm, saes, about["positions"]["keep"]))
+    return Adapted(lm, tok, saes, partial(splice, lm, saes, keep=about["positions"]["keep"]))
 
 # %% ../nbs/30_adapters.ipynb #8051216e
 def _upload(folder, repo_id: str, private: bool, token: str | None):

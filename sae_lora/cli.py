@@ -188,6 +188,12 @@ def demo(
             shaded(run.tok, Console(), **stretch)
     _say(run.report, as_json)
 
+# %% ../nbs/71_cli.ipynb #5a5779cc
+def _check_there(folder: Path):
+    "Raise `UsageError` unless there is such a folder."
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such folder; give one that sae-lora adapt or demo wrote")
+
 # %% ../nbs/71_cli.ipynb #45414f4b
 @_command()
 def evaluate(
@@ -200,8 +206,7 @@ def evaluate(
     as_json: options.Json = False,
 ):
     "Measure a saved adapter again, on any text."
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder; give one that sae-lora adapt or demo wrote")
+    _check_there(folder)
     from sae_lora.documents import check_text
 
     check_text(text)
@@ -224,8 +229,7 @@ def export(
     as_json: options.Json = False,
 ):
     "Write a saved adapter's model for others: merged, its SAEs, a set for circuit-tracer."
-    if not folder.is_dir():
-        raise UsageError(f"{folder}: no such folder; give one that sae-lora adapt or demo wrote")
+    _check_there(folder)
     from sae_lora.documents import check_text
 
     check_text(text)

@@ -130,7 +130,7 @@ def run_export(
         free_folder(out)
     inside = Path(run) / "adapter"  # where a run has it
     own = load_adapter(inside if inside.is_dir() else run, dtype=torch.float32, device=device)
-    plain, keep = merged(own.lm), own.spliced.args[2]
+    plain, keep = merged(own.lm), own.spliced.keywords["keep"]
     length = min(length, longest_row(own.lm))
     rows = token_blocks(text, own.tok, length, 0, tokens).valid
     kl = kl_of_merging(own.lm, plain, own.saes, rows, keep)

@@ -14,7 +14,6 @@ from sae_lens.registry import SAE_CLASS_REGISTRY, register_sae_class
 from sae_lens.saes.topk_sae import TopKSAE, TopKSAEConfig
 from sae_lens.saes.transcoder import (
     SkipTranscoder,
-    SkipTranscoderConfig,
     Transcoder,
     TranscoderConfig,
 )
@@ -85,24 +84,16 @@ class TopKTranscoder(Transcoder):
 
 # %% ../nbs/16_kinds.ipynb #d54f90bb
 @dataclass
-class TopKSkipTranscoderConfig(SkipTranscoderConfig):
+class TopKSkipTranscoderConfig(TopKTranscoderConfig):
     "The configuration of a `TopKTranscoder` with a skip connection."
-
-    apply_b_dec_to_input: bool = False
-    k: int = 100
-    groups: bool = False
-    relu: bool = True
 
     @classmethod
     def architecture(cls) -> str:
         return "topk_skip_transcoder"
 
 
-class TopKSkipTranscoder(SkipTranscoder):
+class TopKSkipTranscoder(TopKTranscoder, SkipTranscoder):
     "A `TopKTranscoder` whose input also reaches its output through the matrix `W_skip`."
-
-    def get_activation_fn(self) -> Largest:
-        return Largest(self.cfg.k, self.cfg.groups, self.cfg.relu)
 
 # %% ../nbs/16_kinds.ipynb #b17b2774
 KINDS = {

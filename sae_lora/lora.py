@@ -25,8 +25,9 @@ def _first_block(lm, saes: dict) -> int:
     "The first block that has linears beyond the first of `saes`; 0 where there is none."
     if not saes:
         return 0
-    site = min(saes)
-    return layer_before(site) + (1 if isinstance(site, int) or linears_beyond(lm, site) else 2)
+    first = min(saes)
+    block = layer_before(first) + 1
+    return block if isinstance(first, int) or linears_beyond(lm, first) else block + 1
 
 # %% ../nbs/28_lora.ipynb #a18ba00e
 def _meant(layers, first: int, n: int) -> list[int]:

@@ -1,6 +1,8 @@
 """Sites within blocks: every spelling, the right module in every family, and splices there."""
 
 import json
+import os
+import signal
 import tempfile
 import warnings
 
@@ -11,7 +13,7 @@ from worlds import tokenizer
 
 from sae_lora.adapters import attach_adapter, save_adapter
 from sae_lora.anatomy import FAMILIES, canonical, place, width_at
-from sae_lora.files import UsageError
+from sae_lora.files import Stopped, UsageError
 from sae_lora.fit import check_fit, seen_and_replaced
 from sae_lora.hidden import hidden, hidden_each
 from sae_lora.latents import _into_stream
@@ -443,10 +445,11 @@ def test_a_stopped_run_at_a_site_goes_on(tmp_path, monkeypatch):
             def stopping(step, *args):
                 steps.append(step)
                 if len(steps) == stop:
-                    raise KeyboardInterrupt
+                    os.kill(os.getpid(), signal.SIGINT)  # as Ctrl-C does
 
-            with pytest.raises(BaseException):  # noqa: B017
+            with pytest.raises(Stopped):
                 fit_lora(lm, saes, rows, **given, callback=stopping)
+            assert given["checkpoint"].exists()
         fit_lora(lm, saes, rows, **given)
         found.append([p.detach().clone() for p in lora_parameters(lm).values()])
     for a, b in zip(*found):
@@ -480,3 +483,19 @@ def test_latents_of_the_heads_write_through_the_projection(name):
     torch.testing.assert_close(_into_stream(lm, sae, sae.W_dec), sae.W_dec @ weight)
     other = random_sae(hook_name="blocks.1.hook_mlp_out")
     assert _into_stream(lm, other, other.W_dec) is other.W_dec
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_special_tokens_keep_what_the_model_writes(name):
+    "A row that begins with a BOS, and has another within."
+    lm, ids = lively(name), IDS.clone()
+    ids[:, 0] = ids[:, 6] = lm.config.bos_token_id
+    own, seen = hidden(lm, dict(input_ids=ids), MLP), []
+    handle = place(lm, MLP).module.register_forward_hook(lambda m, a, out: seen.append(out))
+    with splice(lm, {MLP: transcoder()}):
+        lm(ids)
+    handle.remove()
+    torch.testing.assert_close(seen[0][:, [0, 6]], own[:, [0, 6]], rtol=1e-5, atol=1e-5)
+    others = [i for i in range(12) if i not in (0, 6)]
+    assert not torch.isclose(seen[0][:, others], own[:, others], rtol=1e-3).all(-1).any()
