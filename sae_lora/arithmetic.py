@@ -127,9 +127,11 @@ def _with_fused_forwards(blocks: list[nn.Module]):
 
 # %% ../nbs/34_arithmetic.ipynb #ea9dd869
 @contextmanager
-def compiled(lm, on: bool = True):
-    "Inside, and if `on`, blocks run as fused kernels, but those that `resume` stands in for."
-    own = [block for block in decoder_blocks(lm) if "forward" not in block.__dict__]
+def compiled(lm, on: bool = True, but=()):
+    """Inside, and if `on`, blocks run as fused kernels, except those that `resume` stands in for
+    and those whose numbers are in `but`: hooks within a block need the block's own code."""
+    others = [block for i, block in enumerate(decoder_blocks(lm)) if i not in but]
+    own = [block for block in others if "forward" not in block.__dict__]
     with _with_fused_forwards(own) if on else nullcontext():
         yield
 

@@ -178,14 +178,6 @@ def _transcoding(lm, state: Splice):
         hooks.enter_context(with_forwards(parts, [_where_kept(state, mlp) for mlp in parts]))
         yield
 
-# %% ../nbs/26_splice.ipynb #5b91d7cc
-def _plainly(lm, state: Splice):
-    "A context in which blocks with a site within them are computed by their own code."
-    within = {block_of(site) for site in state.saes if not isinstance(site, int)}
-    blocks = [decoder_blocks(lm)[i] for i in sorted(within)]
-    fused = [block for block in blocks if hasattr(block.forward, "_torchdynamo_orig_callable")]
-    return with_forwards(fused, [type(block).forward.__get__(block) for block in fused])
-
 # %% ../nbs/26_splice.ipynb #6986b0bc
 def at_home(lm, sae, site):
     "The `sae`, moved in place to the device of the block of `lm` that `site` is in."
@@ -256,7 +248,7 @@ def splice(lm, saes: dict, keep: str = "special"):
     if keep not in KEEP:
         raise UsageError(f"keep={keep!r}; give one of {', '.join(KEEP)}")
     state = Splice(check_saes(lm, saes), keep, special_ids(lm))
-    with _plainly(lm, state), _transcoding(lm, state):
+    with _transcoding(lm, state):
         handles = _hang(lm, state)
         try:
             yield state

@@ -224,6 +224,12 @@ def _descent(run: _Run) -> Descent:
     "How the parameters follow their gradients."
     return Descent(**{name: v for name, v in run.settings.items() if name != "batch"})
 
+# %% ../nbs/40_train.ipynb #6b7dde39
+def _blocks_within(students: dict) -> set[int]:
+    "The blocks with a site of some student's SAE within them, which no fused kernel knows of."
+    sites = [site for saes in students.values() for site in saes]
+    return {site.layer for site in sites if not isinstance(site, int)}
+
 # %% ../nbs/40_train.ipynb #5328130b
 def fit_kl(
     lm, students: dict, groups: list[dict], rows: Tensor, tokens: int, recipe: str, given: dict
@@ -237,7 +243,8 @@ def fit_kl(
     losses_of, watch = _losses_of(run, how), _watch(run, how)
     kept = Checkpoint(run.options.checkpoint, _parameters(run))
     torch.manual_seed(run.options.seed)
-    with run.made_by.conditions(lm, how, rows.shape[-1]), compiled(lm, how.fused):
+    within = _blocks_within(students)
+    with run.made_by.conditions(lm, how, rows.shape[-1]), compiled(lm, how.fused, within):
         return loop(losses_of, groups, run.steps, run.step_tokens, _descent(run), kept, watch)
 
 # %% ../nbs/40_train.ipynb #80f46ea9
