@@ -32,7 +32,8 @@ setup(
     install_requires=s["requirements"].split(),
     extras_require={
         "tasks": s["tasks_requirements"].split(),
-        "dev": (s["dev_requirements"] + " " + s["tasks_requirements"]).split(),
+        "cluster": s["cluster_requirements"].split(),
+        "dev": " ".join(s[f"{k}_requirements"] for k in ("dev", "tasks", "cluster")).split(),
     },
     entry_points={"console_scripts": s["console_scripts"].split()},
     zip_safe=False,

@@ -7,7 +7,6 @@ __all__ = ['EMBEDDED', 'Wheel', 'Embedded', 'quietly', 'load_gguf', 'embedded']
 
 # %% ../nbs/07_embedded.ipynb #81a0e530
 import hashlib
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as hf_logging
 
-from .files import UsageError, cache_path, written
+from .files import UsageError, alone, cache_path, written
 
 # %% ../nbs/07_embedded.ipynb #03fc7308
 class Wheel(NamedTuple):
@@ -189,7 +188,9 @@ def embedded(name: str) -> Path:
     folder = cache_path("models", f"{name}-{model.wheels[0].sha256[:8]}")
     if folder.exists():
         return folder
-    if model.notice and os.environ.get("RANK", "0") == "0":  # of several processes, one says it
-        print(f"{model.notice}; they are kept in {folder}", file=sys.stderr)
-    _make_folder(model, folder)
+    with alone(folder):
+        if not folder.exists():
+            if model.notice:
+                print(f"{model.notice}; they are kept in {folder}", file=sys.stderr)
+            _make_folder(model, folder)
     return folder

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SEEDS', 'RATES', 'SPINS', 'LOCK', 'STATE', 'UsageError', 'Stopped', 'one_line', 'in_range', 'check_names',
            'cache_path', 'data_path', 'patient_threads', 'written', 'free_site', 'free_folder', 'free_file', 'room',
-           'held']
+           'held', 'alone']
 
 # %% ../nbs/01_files.ipynb #7cfe2c6c
 import errno
@@ -128,10 +128,8 @@ LOCK = ".lock"  # held while a run writes in a folder
 
 def _taken(folder: Path) -> bool:
     "Whether a folder holds anything but our own lock and temporary files."
-    ours = (
-        p.name == LOCK or p.name.startswith(".") and p.suffix == ".part" for p in folder.iterdir()
-    )
-    return not all(ours)
+    names = [path.name for path in folder.iterdir()]
+    return not all(n.startswith(".") and n.endswith((LOCK, ".part")) for n in names)
 
 # %% ../nbs/01_files.ipynb #48d77e05
 def _check_place(path: Path, marker: str | None):
@@ -178,18 +176,8 @@ def _error_number(e: Exception) -> int | None:
     return int(told[1] or told[2]) if told else getattr(e, "errno", None)
 
 # %% ../nbs/01_files.ipynb #35d96eef
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_REFUSALS = (
-    errno.EFBIG,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.ENOENT,
-)
+_FULL = ("ENOSPC", "EDQUOT")
+_REFUSALS = "EFBIG EROFS EACCES EPERM ENOTDIR EISDIR ENAMETOOLONG ELOOP ENOENT".split()
 
 # %% ../nbs/01_files.ipynb #4ea61d4b
 def _concerns(e: Exception, path: Path) -> bool:
@@ -201,9 +189,10 @@ def _concerns(e: Exception, path: Path) -> bool:
 def _refusal(e: Exception, path: Path) -> str | None:
     "Why the system would not write at `path`, where `e` says that it would not."
     number = _error_number(e)
-    if number in _FULL or "No space left" in str(e):
+    name = errno.errorcode.get(number)
+    if name in _FULL or "No space left" in str(e):
         return f"no space left on the disk; free some, or {_elsewhere(path)}"
-    if number in _REFUSALS and _concerns(e, path):
+    if name in _REFUSALS and _concerns(e, path):
         return f"{os.strerror(number)}; {_elsewhere(path)}"
     return None
 
@@ -390,3 +379,17 @@ def held(folder: Path):
         (folder / LOCK).unlink(missing_ok=True)
         lock.release()
         _remove_empty(made)
+
+# %% ../nbs/01_files.ipynb #b5464920
+@contextmanager
+def alone(path: Path):
+    "Inside, no other process that asks for it has `path`; waits until it is free."
+    lock = FileLock(path.with_name(f".{path.name[-200:]}{LOCK}"))
+    with _refusals_told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # who waits sees that, and makes its own
+        lock.release()

@@ -165,12 +165,10 @@ def _copy(name: str, size: str) -> Path:
     return project() / "nbs" / "results" / f"{name}{suffix}.ipynb"
 
 # %% ../nbs/61_notebooks.ipynb #bdfa9c15
-def _environment(size: str, draw: bool) -> dict[str, str]:
-    "A run's environment: whether it may compute rows, and where they go."
+def _environment(draw: bool, cluster: str) -> dict[str, str]:
+    "A run's environment: whether it may compute rows, and which workers do."
     found = {"SAE_LORA_DRAW": "1"} if draw else {}
-    if size == "smoke" and "SAE_LORA_RESULTS" not in os.environ:
-        found["SAE_LORA_RESULTS"] = str(cache_path("smoke"))
-    return found
+    return found | ({"SAE_LORA_CLUSTER": cluster} if cluster else {})
 
 # %% ../nbs/61_notebooks.ipynb #4e395fcd
 def _execute(name: str, values: dict, scratch: Path):
@@ -194,19 +192,21 @@ def _execute(name: str, values: dict, scratch: Path):
     return dev_module("nbformat").read(scratch, 4)
 
 # %% ../nbs/61_notebooks.ipynb #219f4a3f
-def run_experiment(name: str, size: str = "laptop", draw: bool = False, **params) -> Path:
+def run_experiment(
+    name: str, size: str = "laptop", draw: bool = False, cluster: str = "", **params
+) -> Path:
     """Run an experiment's notebook; the path of the executed copy, in `nbs/results` (size `smoke`:
     in the cache, with rows of its own, computed anew).
 
     `params` replace parameters; with `draw` nothing is computed, and a missing row is an error.
-    Raises `UsageError`."""
+    Workers of the scheduler at the address `cluster` compute, if given. Raises `UsageError`."""
     values, minutes = settings(name, size, params)
     if not draw:
         if size == "smoke":
             cache_path("smoke", f"{name}.jsonl").unlink(missing_ok=True)
         told = f"{name}, size {size}: about {minutes:g} minutes where no row exists yet"
         print(told, file=sys.stderr)
-    out, environment = _copy(name, size), patch.dict(os.environ, _environment(size, draw))
+    out, environment = _copy(name, size), patch.dict(os.environ, _environment(draw, cluster))
     with written(out) as part, environment, tempfile.TemporaryDirectory() as scratch:
         nb = _execute(name, values, Path(scratch) / "run.ipynb")
         tidy(nb)

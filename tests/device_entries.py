@@ -1219,6 +1219,7 @@ WORLD = dict(length=16, text_tokens=24 * 16, valid_tokens=256)
 @covers(
     "experiments.world",
     "experiments.gather",
+    "experiments.sae_steps",
     "experiments.trained_sae",
     "experiments.saes_at",
     "experiments.with_adapters",
@@ -1236,6 +1237,8 @@ def experiment(device, dtype):
     ]
     with chosen(device, dtype) as lms, patch.dict(os.environ, SAE_LORA_RESULTS=str(fresh())):
         api.world.cache_clear()
+        for step in api.sae_steps(runs)[0]:
+            step.work()
         api.gather(runs)
         rows = list(api.adapted_rows(runs)) + list(api.adapted_rows(runs[:1]))
         recalled = list(api.adapted_rows(runs[:1]))
@@ -1243,6 +1246,7 @@ def experiment(device, dtype):
     assert on(lms, device) and api.provenance()["device"]
     for row in rows + recalled:
         row.pop("train_seconds")
+        row.pop("sae_seconds")
     assert compared(recalled[0]["ce"], rows[-1]["ce"])[0] < 1e-6
     return rows
 

@@ -17,7 +17,7 @@ from sae_lora.results import Results, project, rows_path
 NAMES = nbs.experiments()
 SQUARES = """
 import os, sys
-from sae_lora.results import rows_of
+from sae_lora.grid import rows_of
 def square(group):
     for p in group:
         yield dict(square=p['rank'] ** 2)

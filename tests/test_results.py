@@ -4,14 +4,17 @@ import json
 
 import pytest
 
+from sae_lora.cluster import Step
 from sae_lora.files import UsageError
-from sae_lora.results import Results, key, project, rows_of, rows_path
+from sae_lora.grid import rows_of
+from sae_lora.results import Results, key, project, rows_path
 
 
 @pytest.fixture
 def rows_folder(monkeypatch, tmp_path):
     "Where the rows of a test go."
     monkeypatch.setenv("SAE_LORA_RESULTS", str(tmp_path))
+    monkeypatch.setenv("SAE_LORA_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
 
@@ -61,10 +64,16 @@ def test_what_has_to_be_prepared_is_prepared_for_what_is_missing(rows_folder):
     def compute(group):
         return (dict(square=0) for _ in group)
 
+    def needs(runs):
+        def step(p):
+            return Step(f"for {p}", lambda: prepared.append(p))
+
+        return [[step(p)] for p in runs]
+
     rows_of("squares", [dict(rank=1)], compute)
     for _ in range(2):
-        rows_of("squares", [dict(rank=1), dict(rank=2)], compute, prepared.append)
-    assert prepared == [[dict(rank=2)]]
+        rows_of("squares", [dict(rank=1), dict(rank=2)], compute, needs)
+    assert prepared == [dict(rank=2)]
 
 
 def test_drawing_computes_nothing(rows_folder, monkeypatch):
