@@ -133,7 +133,7 @@ def found(request, tmp_path_factory) -> dict:
     running = {mode: start(mode, names, file) for mode, file in said.items()}
     try:
         for mode, process in running.items():
-            process.wait(timeout=900)
+            process.wait(timeout=1800)
             assert process.returncode == 0, said[mode].read_text()[-3000:]
     finally:
         for process in running.values():
