@@ -53,17 +53,19 @@ def _openai_kind(found: dict, path: Path) -> tuple[str, dict]:
         raise mistake(path, told, MEND)
     return ("topk", _topk(found, path)) if name == "TopK" else ("standard", {})
 
-# %% ../nbs/22_archives.ipynb #be2690ea
+# %% ../nbs/22_archives.ipynb #9c6dd196
 _SITES = r"(resid_post_mlp|resid_delta_mlp|resid_delta_attn|resid_post_attn|mlp_post_act)(?:_v.*)?"
 
-
+# %% ../nbs/22_archives.ipynb #be2690ea
 def _openai_place(path: Path) -> str | None:
     "The hook point of a file of OpenAI by its path; `None` where that says nothing."
     found = in_path(path, _SITES)
     return f"blocks.{path.stem}.{found[1]}" if found and path.stem.isdigit() else None
 
-# %% ../nbs/22_archives.ipynb #219ed205
+# %% ../nbs/22_archives.ipynb #f5468f8a
 _OPENAI = layout_of(("encoder.weight", "latent_bias", "decoder.weight", "pre_bias"), "nd", "dn")
+
+# %% ../nbs/22_archives.ipynb #8a958cc4
 _NO_WEIGHTS = (
     "activation",
     "activation_state_dict",
@@ -72,7 +74,7 @@ _NO_WEIGHTS = (
     "latents_mean_square",
 )
 
-
+# %% ../nbs/22_archives.ipynb #219ed205
 def openai(path: Path, hook=None):
     "An SAE of GPT-2 that OpenAI published, from its file."
     found = read_archive(path)
@@ -169,23 +171,23 @@ def _last_checkpoint(folder: Path) -> Path:
         raise mistake(folder, "no checkpoint samples_N.pt is there", "give a run's folder")
     return max(found, key=lambda p: int(p.stem.rpartition("_")[2]))
 
-# %% ../nbs/22_archives.ipynb #0807ffb4
+# %% ../nbs/22_archives.ipynb #82f1cfeb
 _CENTRED = ("hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
 
-
+# %% ../nbs/22_archives.ipynb #0807ffb4
 def _check_centred(place: str, path: Path):
     "Raise `UsageError` for a place at which TransformerLens changes more than the mean."
     if not place.endswith(_CENTRED):
         told = f"an SAE of {place}, which TransformerLens changes in a way that is not folded"
         raise mistake(path, told, "give one of the residual stream")
 
-# %% ../nbs/22_archives.ipynb #543aa0ae
+# %% ../nbs/22_archives.ipynb #9bfccc28
 class _Run(TypedDict, total=False):
     "What the configuration of a run says of the model."
 
     tlens_model_name: str | None
 
-
+# %% ../nbs/22_archives.ipynb #543aa0ae
 def _run_model(folder: Path) -> str | None:
     "The model that a run of e2e_sae was on, by its name on the hub."
     name = read_yaml(folder / "final_config.yaml", _Run, MEND).get("tlens_model_name")

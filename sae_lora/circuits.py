@@ -15,7 +15,7 @@ from typing_extensions import NotRequired, TypedDict
 from .checked import Count, conforming, mistake, read_tensors, read_yaml
 from .containers import MEND, SAELENS_NAMES, arranged, built, layout_of, placed
 
-# %% ../nbs/23_circuits.ipynb #fedad26d
+# %% ../nbs/23_circuits.ipynb #12fff175
 class _Set(TypedDict):
     "What the configuration of a set of transcoders says."
 
@@ -26,7 +26,7 @@ class _Set(TypedDict):
     activation: NotRequired[Literal["topk", "relu"] | None]
     k: NotRequired[Count | None]
 
-
+# %% ../nbs/23_circuits.ipynb #fedad26d
 class _TopK(TypedDict):
     "What it must say where the activation is TopK."
 

@@ -60,11 +60,11 @@ def only_tensors(found: dict, path) -> dict[str, Tensor]:
     check_finite(found, path, MEND)
     return found
 
-# %% ../nbs/17_containers.ipynb #7bd8f099
+# %% ../nbs/17_containers.ipynb #0f0da767
 SAELENS_NAMES = ("W_enc", "b_enc", "W_dec", "b_dec")
 LINEAR_NAMES = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias")
 
-
+# %% ../nbs/17_containers.ipynb #7bd8f099
 def layout_of(names, encoder: str, decoder: str) -> dict[str, tuple[str, str]]:
     "The layout of a file that has an SAE's four tensors under `names`, its matrices so laid."
     output = decoder.replace("n", "")
@@ -100,10 +100,10 @@ def _asked(layout: dict, found: dict) -> dict[str, tuple]:
     sizes = _sizes(found, layout)
     return {name: tuple(map(sizes.get, letters)) for name, (_, letters) in layout.items()}
 
-# %% ../nbs/17_containers.ipynb #db5731e6
+# %% ../nbs/17_containers.ipynb #b0f6e43a
 _ROWS = {"W_enc": "d", "W_dec": "n", "W_skip": "o"}  # what a row of SAELens' matrices is
 
-
+# %% ../nbs/17_containers.ipynb #db5731e6
 def _turned(name: str, letters: str, x: Tensor) -> Tensor:
     "A tensor as SAELens has it, in memory of its own."
     if letters[0] != _ROWS.get(name, letters[0]):
@@ -163,11 +163,9 @@ def only_read(name) -> bool:
 def in_path(path, pattern: str) -> re.Match | None:
     "The match of `pattern` with a file's name, or that of the innermost folder that has it."
     path = Path(path)
-    for place in (path.absolute(), path.resolve()):
-        for name in reversed(place.parts):
-            if found := re.fullmatch(pattern, name):
-                return found
-    return None
+    names = path.absolute().parts[::-1] + path.resolve().parts[::-1]
+    found = (re.fullmatch(pattern, name) for name in names)
+    return next(filter(None, found), None)
 
 # %% ../nbs/17_containers.ipynb #16e70876
 def config_near(path: Path, schema) -> dict:

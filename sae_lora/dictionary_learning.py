@@ -78,13 +78,13 @@ class _Trainer(TypedDict, total=False):
     lm_name: str | None
     submodule_name: str | None
 
-# %% ../nbs/21_dictionary_learning.ipynb #c66655cd
+# %% ../nbs/21_dictionary_learning.ipynb #6dced013
 class _Buffer(TypedDict, total=False):
     "What a configuration may say of the hidden states: on which side of a module they were."
 
     io: str
 
-
+# %% ../nbs/21_dictionary_learning.ipynb #c66655cd
 class _Config(TypedDict):
     "What a `config.json` of dictionary_learning says."
 
@@ -143,18 +143,22 @@ def _threshold(counts: dict, latents: int, path: Path) -> Tensor:
         raise mistake(path, told, "give one that was trained for more than 1,000 steps")
     return torch.full((latents,), threshold)
 
-# %% ../nbs/21_dictionary_learning.ipynb #b23e05db
-def _check_sizes(state: dict, counts: dict, trainer: dict, path: Path):
-    "Raise `UsageError` unless weights, groups and configuration are of the same sizes."
+# %% ../nbs/21_dictionary_learning.ipynb #e23ce93d
+def _check_sizes(state: dict, trainer: dict, path: Path):
+    "Raise `UsageError` unless weights and configuration are of the same sizes."
     width, latents = state["W_enc"].shape
     for key, size in (("activation_dim", width), ("dict_size", latents)):
         if trainer.get(key, size) != size:
             raise mistake(path, f"its weights have {size}, and {key} is {trainer[key]}", MEND)
-    groups = counts.get("group_sizes")
-    if groups is not None and int(sum(groups)) != latents:
-        raise mistake(path, f"group_sizes add up to {int(sum(groups))}, of {latents} latents", MEND)
 
-# %% ../nbs/21_dictionary_learning.ipynb #a7ba78c5
+# %% ../nbs/21_dictionary_learning.ipynb #b23e05db
+def _check_groups(counts: dict, latents: int, path: Path):
+    "Raise `UsageError` unless the groups of a Matryoshka SAE have all its latents together."
+    total = int(sum(counts.get("group_sizes", [latents])))
+    if total != latents:
+        raise mistake(path, f"group_sizes add up to {total}, of {latents} latents", MEND)
+
+# %% ../nbs/21_dictionary_learning.ipynb #fefeb1c7
 _POINTS = {
     "resid_pre": "hook_resid_pre",
     "resid_post": "hook_resid_post",
@@ -165,6 +169,8 @@ _POINTS = {
     "attn": "attn.hook_out",
     "attention": "attn.hook_out",
 }
+
+# %% ../nbs/21_dictionary_learning.ipynb #a7ba78c5
 _SUBMODULE = rf"({'|'.join(_POINTS)})(?:_layer)?_?(\d+)?"
 _FOLDER = r"(resid_pre|resid_post|resid_out|mlp_out|attn_out)_layer_?(\d+).*"
 
@@ -238,9 +244,10 @@ def dictionary_learning(path: Path, hook=None):
     name = _class(trainer, found, path)
     weights, counts = _split(found, name)
     state = arranged(weights, _LAYOUTS[name], path)
-    _check_sizes(state, counts, trainer, path)
-    k = _active(counts, trainer, path)
-    options, threshold = _rule(name, counts, k, state["W_enc"].shape[1], path)
+    _check_sizes(state, trainer, path)
+    latents, k = state["W_enc"].shape[1], _active(counts, trainer, path)
+    _check_groups(counts, latents, path)
+    options, threshold = _rule(name, counts, k, latents, path)
     place = _place(config, path) if hook is None else hook
     about = placed(path, place, model_name=trainer.get("lm_name"), expected_l0=k)
     return built(_KINDS[name], state | threshold, about, path, **options)

@@ -125,11 +125,11 @@ def _model(path: Path, config: dict) -> str | None:
     name = name.removeprefix("google/").replace("gemma-v3", "gemma-3")
     return f"google/{name.replace('270m-pt', '270m')}"
 
-# %% ../nbs/18_gemma_scope.ipynb #1f4c4abc
+# %% ../nbs/18_gemma_scope.ipynb #99fc8ede
 _LAYOUT = layout_of(SAELENS_NAMES, "dn", "no") | {"threshold": ("threshold", "n")}
 _AFFINE = {"affine_skip_connection": ("W_skip", "do")}
 
-
+# %% ../nbs/18_gemma_scope.ipynb #1f4c4abc
 def _layout(found: dict, config: dict) -> dict:
     "The layout of a Gemma Scope file, with a skip connection where it has or should have one."
     affine = config.get("affine_connection")

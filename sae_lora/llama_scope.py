@@ -45,14 +45,14 @@ class _Shared(TypedDict):
     sparsity_include_decoder_norm: bool
     use_decoder_bias: NotRequired[bool]
 
-# %% ../nbs/19_llama_scope.ipynb #2eb04447
+# %% ../nbs/19_llama_scope.ipynb #af37fbb8
 _KINDS = {
     "relu": ("standard", "transcoder"),
     "topk": ("topk", "topk_transcoder"),
     "jumprelu": ("jumprelu", "jumprelu_transcoder"),
 }
 
-
+# %% ../nbs/19_llama_scope.ipynb #2eb04447
 def _kind(about: dict) -> tuple[str, str | None]:
     "The architecture, and what is replaced where that is another place than the one that is read."
     kind, transcoder = _KINDS[about["act_fn"]]
@@ -85,10 +85,10 @@ def _scales(norms: dict, d_model: int) -> tuple[float, float]:
     "The factors that states were scaled by, from their mean norms `in` and `out`."
     return math.sqrt(d_model) / norms["in"], math.sqrt(d_model) / norms["out"]
 
-# %% ../nbs/19_llama_scope.ipynb #d3cb70da
+# %% ../nbs/19_llama_scope.ipynb #bc900329
 _Norms = TypedDict("_Norms", {"in": Finite, "out": Finite})
 
-
+# %% ../nbs/19_llama_scope.ipynb #d3cb70da
 class _Old(_Shared):
     "What `hyperparams.json` says."
 
@@ -136,10 +136,10 @@ class _New(_Shared):
     norm_activation: str
     use_glu_encoder: NotRequired[bool]
 
-# %% ../nbs/19_llama_scope.ipynb #867759a1
+# %% ../nbs/19_llama_scope.ipynb #4585657e
 _NORMS = ("dataset-wise", "inference")
 
-
+# %% ../nbs/19_llama_scope.ipynb #867759a1
 def _check_rules(about: dict, path: Path):
     "Raise `UsageError` for a way of scaling and for an activation that is not known."
     for key, known in (("norm_activation", _NORMS), ("act_fn", _KINDS)):
@@ -147,13 +147,13 @@ def _check_rules(about: dict, path: Path):
             told = f"{key} is {about[key][:40]!r}, which is not known"
             raise mistake(path, told, f"give one with {', '.join(known)}")
 
-# %% ../nbs/19_llama_scope.ipynb #559796c3
+# %% ../nbs/19_llama_scope.ipynb #e81c7275
 class _TopK(TypedDict):
     "What a TopK SAE's configuration must say."
 
     top_k: Count
 
-
+# %% ../nbs/19_llama_scope.ipynb #559796c3
 def _config(path: Path) -> dict:
     "What a `config.json` of llamascopium says. Raises `UsageError` for what is no SAE of ours."
     about = read_json(path, _New, MEND)
@@ -165,11 +165,11 @@ def _config(path: Path) -> dict:
     _check_rules(about, path)
     return conforming(about, _TopK, path, MEND) if about["act_fn"] == "topk" else about
 
-# %% ../nbs/19_llama_scope.ipynb #317f39d4
+# %% ../nbs/19_llama_scope.ipynb #6d0bd9f2
 _NEW_LAYOUT = layout_of(("W_E", "b_E", "W_D", "b_D"), "dn", "no")
 _GATES = ("log_jumprelu_threshold", "activation_function.log_jumprelu_threshold")
 
-
+# %% ../nbs/19_llama_scope.ipynb #317f39d4
 def _new_layout(found: dict, about: dict) -> dict:
     "The layout of a file that llamascopium wrote, or the library that it was before."
     old = "encoder.weight" in found

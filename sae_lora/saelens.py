@@ -60,13 +60,13 @@ class _Cfg(TypedDict):
     rescale_acts_by_decoder_norm: NotRequired[bool]
     reshape_activations: NotRequired[str]
 
-# %% ../nbs/24_saelens.ipynb #a7cb684e
+# %% ../nbs/24_saelens.ipynb #1aeb9ce7
 class _Active(TypedDict):
     "What a TopK SAE's configuration must say."
 
     k: Count
 
-
+# %% ../nbs/24_saelens.ipynb #a7cb684e
 def _check_k(cfg: dict, path: Path):
     "Raise `UsageError` unless a TopK SAE's configuration says how many are active."
     active = cfg if "k" in cfg else cfg.get("activation_fn_kwargs") or {}
@@ -211,24 +211,30 @@ def _conversion(release: str, sae_id: str) -> str | None:
     known = get_pretrained_saes_directory().get(release)
     return known.conversion_func if known and sae_id in known.saes_map else None
 
-# %% ../nbs/24_saelens.ipynb #20f02174
+# %% ../nbs/24_saelens.ipynb #390c2d4a
 _OURS = {
     "llama_scope": (llama_scope, "hyperparams.json", "checkpoints/final.safetensors"),
     "llama_scope_r1_distill": (llamascopium, "config.json", "sae_weights.safetensors"),
 }
 
+# %% ../nbs/24_saelens.ipynb #b02aa7b1
+def _downloaded(release: str, sae_id: str, *files: str) -> Path:
+    "The folder of some files of an SAE of the registry, in the hub's cache, where they now are."
+    from huggingface_hub import hf_hub_download
+    from sae_lens.loading.pretrained_saes_directory import get_repo_id_and_folder_name
 
+    repo, folder = get_repo_id_and_folder_name(release, sae_id)
+    paths = [hf_hub_download(repo, f"{folder}/{file}") for file in files]
+    return Path(paths[0]).parent
+
+# %% ../nbs/24_saelens.ipynb #20f02174
 def _own_reader(conversion: str, release: str, sae_id: str):
     "An SAE of the registry, by our own reader for its format."
-    from huggingface_hub import hf_hub_download
-    from sae_lens.loading import pretrained_saes_directory as directory
+    from sae_lens.loading.pretrained_saes_directory import get_norm_scaling_factor
 
-    reader, config, weights = _OURS[conversion]
-    repo, folder = directory.get_repo_id_and_folder_name(release, sae_id)
-    path = Path(hf_hub_download(repo, f"{folder}/{config}"))
-    hf_hub_download(repo, f"{folder}/{weights}")
-    sae = reader(path.parent)
-    scale = directory.get_norm_scaling_factor(release, sae_id)
+    reader, *files = _OURS[conversion]
+    sae = reader(_downloaded(release, sae_id, *files))
+    scale = get_norm_scaling_factor(release, sae_id)
     if scale and sae.cfg.normalize_activations == "expected_average_only_in":
         sae.fold_activation_norm_scaling_factor(scale)
     return sae

@@ -53,21 +53,25 @@ def _config(path: Path) -> dict:
             raise mistake(path, f"the key {name[:60]} is not known", "give one of sparsify 1.x")
     return about
 
+# %% ../nbs/20_sparsify.ipynb #a2701295
+def _latents(about: dict) -> int:
+    "How many latents a configuration says: their number, else so many times the width."
+    return about.get("num_latents") or about["d_in"] * about.get("expansion_factor", 32)
+
 # %% ../nbs/20_sparsify.ipynb #0a9c0b55
 def _check_sizes(about: dict, found: dict, path: Path):
     "Raise `UsageError` unless the weights have the sizes that sparsify's configuration says."
-    latents = about.get("num_latents") or about["d_in"] * about.get("expansion_factor", 32)
-    found, expected = tuple(found["encoder.weight"].shape), (latents, about["d_in"])
-    if found != expected:
-        told = f"encoder.weight has shape {found}, and cfg.json says {expected}"
+    shape, expected = tuple(found["encoder.weight"].shape), (_latents(about), about["d_in"])
+    if shape != expected:
+        told = f"encoder.weight has shape {shape}, and cfg.json says {expected}"
         raise mistake(path, told, MEND)
-    if about.get("activation") == "groupmax" and latents % about["k"]:
-        raise mistake(path, f"{latents} latents are not {about['k']} groups", MEND)
+    if about.get("activation") == "groupmax" and _latents(about) % about["k"]:
+        raise mistake(path, f"{_latents(about)} latents are not {about['k']} groups", MEND)
 
-# %% ../nbs/20_sparsify.ipynb #88ed40b7
+# %% ../nbs/20_sparsify.ipynb #8dcc75dd
 _CROSS_LAYER = ("post_enc", "W_decs.", "b_decs.", "W_skips.", "in_norm", "out_norm")
 
-
+# %% ../nbs/20_sparsify.ipynb #88ed40b7
 def _refuse_cross_layer(found: dict, path: Path):
     "Raise `UsageError` for the tensors of a cross-layer transcoder."
     for name in found:
