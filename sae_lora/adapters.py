@@ -124,20 +124,28 @@ def _folder(source) -> Path:
         raise mistake(name, told if reason == "no such file" else reason or "a file", _MEND)
     return _fetched(name)
 
-# %% ../nbs/30_adapters.ipynb #77a1275a
-_Entry = TypedDict(
-    "_Entry",
-    {
-        "layer": Annotated[int, Ge(-1), Lt(10**6)],
-        "site": NotRequired[str],
-        "source": str,
-        "fingerprint": str,
-    },
-)
-_Positions = TypedDict("_Positions", {"keep": Literal[KEEP]})
-_About = TypedDict(
-    "_About", {"model": str, "saes": Annotated[list[_Entry], MinLen(1)], "positions": _Positions}
-)
+# %% ../nbs/30_adapters.ipynb #6f09ed45
+class _Entry(TypedDict):
+    "What `sae_lora.json` says of an SAE, as far as it is used."
+
+    layer: Annotated[int, Ge(-1), Lt(10**6)]
+    site: NotRequired[str]
+    source: str
+    fingerprint: str
+
+# %% ../nbs/30_adapters.ipynb #41e1a9cb
+class _Positions(TypedDict):
+    "What it says of the positions that keep the model's own activation."
+
+    keep: Literal[KEEP]
+
+# %% ../nbs/30_adapters.ipynb #1ab167d2
+class _About(TypedDict):
+    "What `sae_lora.json` says, as far as it is used."
+
+    model: str
+    saes: Annotated[list[_Entry], MinLen(1)]
+    positions: _Positions
 
 # %% ../nbs/30_adapters.ipynb #c0fdb17c
 def _site_in(where: Path, entry: dict):
@@ -213,29 +221,29 @@ def _own_saes(lm, folder: Path, entries: list[dict], given: dict | None) -> dict
     return saes
 
 # %% ../nbs/30_adapters.ipynb #0c3c9bab
-_LoRA = TypedDict(
-    "_LoRA",
-    {
-        "peft_type": Literal["LORA"],
-        "r": Count,
-        "lora_alpha": Annotated[Finite, Gt(0)],
-        "target_modules": list[str],
-        "use_rslora": bool,
-        "use_dora": bool,
-        "fan_in_fan_out": bool,
-        "rank_pattern": dict[str, Count],
-        "alpha_pattern": dict[str, Finite],
-        "lora_bias": bool,
-        "lora_dropout": Annotated[float, Ge(0), Lt(1)],
-        "modules_to_save": list[str] | None,
-    },
-)
+class _LoRA(TypedDict):
+    "What PEFT's configuration says of what a LoRA computes."
+
+    peft_type: Literal["LORA"]
+    r: Count
+    lora_alpha: Annotated[Finite, Gt(0)]
+    target_modules: list[str]
+    use_rslora: bool
+    use_dora: bool
+    fan_in_fan_out: bool
+    rank_pattern: dict[str, Count]
+    alpha_pattern: dict[str, Finite]
+    lora_bias: bool
+    lora_dropout: Annotated[float, Ge(0), Lt(1)]
+    modules_to_save: list[str] | None
 
 # %% ../nbs/30_adapters.ipynb #262f5b7b
-_OTHER = ("layers_to_transform", "layer_replication", "alora_invocation_tokens")
-_AdapterConfig = TypedDict(
-    "_AdapterConfig", _LoRA.__annotations__ | {name: NotRequired[None] for name in _OTHER}
-)  # would change what the adapter does
+class _AdapterConfig(_LoRA):
+    "The same, without values for what would change what the adapter does."
+
+    layers_to_transform: NotRequired[None]
+    layer_replication: NotRequired[None]
+    alora_invocation_tokens: NotRequired[None]
 
 # %% ../nbs/30_adapters.ipynb #b963ff4d
 def _check_targets(lm, targets: list[str], where: Path):
@@ -256,17 +264,23 @@ def _expected(lm, config, where: Path) -> dict:
     state = get_peft_model_state_dict(empty, save_embedding_layers=False)
     return {f"base_model.model.{name}": tuple(x.shape) for name, x in state.items()}
 
+# %% ../nbs/30_adapters.ipynb #54bb9e19
+def _check_tensors(folder: Path, lm=None):
+    "Raise `UsageError` unless the tensors in `folder` are finite, and those of its LoRA in `lm`."
+    where, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    if no_file(weights) == "no such file" and (folder / "adapter_model.bin").exists():
+        raise mistake(weights, "no such file; pickles are not read", "save it as safetensors")
+    with asking(False):
+        config = PeftConfig.from_pretrained(str(folder))
+    read_tensors(weights, lm and _expected(lm, config, where), _MEND)
+
 # %% ../nbs/30_adapters.ipynb #b7ee7fdd
 def _check_adapter(folder: Path, lm=None):
     "Raise `UsageError` unless `folder` holds a LoRA's configuration and tensors, those for `lm`."
-    where, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    where = folder / "adapter_config.json"
     read_json(where, _AdapterConfig, _MEND)
-    if no_file(weights) == "no such file" and (folder / "adapter_model.bin").exists():
-        raise mistake(weights, "no such file; pickles are not read", "save it as safetensors")
     try:
-        with asking(False):
-            config = PeftConfig.from_pretrained(str(folder))
-        read_tensors(weights, lm and _expected(lm, config, where), _MEND)
+        _check_tensors(folder, lm)
     except UsageError:
         raise
     except Exception as e:

@@ -103,15 +103,15 @@ def place(lm, site) -> Place:
         raise UsageError(f"{lm.name_or_path} has no {site}; its blocks are made otherwise")
     return Place(block.get_submodule(name), before)
 
-# %% ../nbs/13_anatomy.ipynb #95cb49c8
+# %% ../nbs/13_anatomy.ipynb #da1751c3
 _INNER = {"attn.hook_out": "hook_attn_out", "mlp.hook_out": "hook_mlp_out"}
 
-
+# %% ../nbs/13_anatomy.ipynb #95cb49c8
 def canonical(lm, site):
     "The one name of a site in `lm`, where it has two."
     if not isinstance(site, Site) or site.point not in _INNER:
         return site
-    added = site.__class__(site.layer, _INNER[site.point])
+    added = Site(site.layer, _INNER[site.point])
     return added if place(lm, added) == place(lm, site) else site
 
 # %% ../nbs/13_anatomy.ipynb #05e29557

@@ -14,74 +14,78 @@ from typing_extensions import NotRequired, TypedDict
 
 from .checked import Count, conforming, mistake, read_yaml
 from sae_lora.containers import (
+    LINEAR_NAMES,
     MEND,
+    SAELENS_NAMES,
     arranged,
     built,
     fold_mean,
     in_path,
+    layout_of,
     only_tensors,
     placed,
     read_archive,
     unplaced,
 )
-from .files import UsageError
 from .sites import point_of
 
-# %% ../nbs/22_archives.ipynb #6e45d792
-_OPENAI = {
-    "encoder.weight": ("W_enc", "nd"),
-    "latent_bias": ("b_enc", "n"),
-    "decoder.weight": ("W_dec", "dn"),
-    "pre_bias": ("b_dec", "d"),
-}
-_STATISTICS = ("stats_last_nonzero", "latents_activation_frequency", "latents_mean_square")
-_State = TypedDict("_State", {"k": Count, "postact_fn": NotRequired[str]})
+# %% ../nbs/22_archives.ipynb #41263010
+class _State(TypedDict):
+    "What a TopK activation of OpenAI says."
 
+    k: Count
+    postact_fn: NotRequired[str]
 
-def _openai_kind(found: dict, path: Path) -> tuple[str, dict]:
-    "The architecture and the options of a file of OpenAI."
-    name = found.get("activation", "ReLU")
-    if name == "ReLU":
-        return "standard", {}
-    if name != "TopK":
-        told = f"its activation is {str(name)[:40]!r}, where ReLU or TopK is expected"
-        raise mistake(path, told, MEND)
+# %% ../nbs/22_archives.ipynb #0edd44ee
+def _topk(found: dict, path: Path) -> dict:
+    "The options of OpenAI's TopK SAEs."
     state = conforming(dict(found.get("activation_state_dict") or {}), _State, path, MEND)
     if state.get("postact_fn", "ReLU") != "ReLU":
         raise mistake(path, f"its TopK keeps negative latents ({state['postact_fn'][:30]})", MEND)
-    return "topk", dict(k=state["k"], normalize_activations="layer_norm")
+    return dict(k=state["k"], normalize_activations="layer_norm")
+
+# %% ../nbs/22_archives.ipynb #6e45d792
+def _openai_kind(found: dict, path: Path) -> tuple[str, dict]:
+    "The architecture and the options of a file of OpenAI."
+    name = found.get("activation", "ReLU")
+    if name not in ("ReLU", "TopK"):
+        told = f"its activation is {str(name)[:40]!r}, where ReLU or TopK is expected"
+        raise mistake(path, told, MEND)
+    return ("topk", _topk(found, path)) if name == "TopK" else ("standard", {})
+
+# %% ../nbs/22_archives.ipynb #9c6dd196
+_SITES = r"(resid_post_mlp|resid_delta_mlp|resid_delta_attn|resid_post_attn|mlp_post_act)(?:_v.*)?"
 
 # %% ../nbs/22_archives.ipynb #be2690ea
-_LOCATION = (
-    r"(resid_post_mlp|resid_delta_mlp|resid_delta_attn|resid_post_attn|mlp_post_act)(?:_v.*)?"
-)
-
-
 def _openai_place(path: Path) -> str | None:
     "The hook point of a file of OpenAI by its path; `None` where that says nothing."
-    found = in_path(path, _LOCATION)
+    found = in_path(path, _SITES)
     return f"blocks.{path.stem}.{found[1]}" if found and path.stem.isdigit() else None
+
+# %% ../nbs/22_archives.ipynb #f5468f8a
+_OPENAI = layout_of(("encoder.weight", "latent_bias", "decoder.weight", "pre_bias"), "nd", "dn")
+
+# %% ../nbs/22_archives.ipynb #8a958cc4
+_NO_WEIGHTS = (
+    "activation",
+    "activation_state_dict",
+    "stats_last_nonzero",
+    "latents_activation_frequency",
+    "latents_mean_square",
+)
 
 # %% ../nbs/22_archives.ipynb #219ed205
 def openai(path: Path, hook=None):
     "An SAE of GPT-2 that OpenAI published, from its file."
     found = read_archive(path)
     kind, options = _openai_kind(found, path)
-    left = ("activation", "activation_state_dict", *_STATISTICS)
-    weights = only_tensors({name: x for name, x in found.items() if name not in left}, path)
-    state = arranged(weights, _OPENAI, path)
-    if options.get("k", 0) > len(state["b_enc"]):
-        raise mistake(path, f"k is {options['k']}, of {len(state['b_enc'])} latents", MEND)
-    reads = hook or _openai_place(path)
-    if reads is None:
-        raise unplaced(path)
-    about = placed(path, reads, model_name="openai-community/gpt2", expected_l0=options.get("k"))
+    weights = {name: x for name, x in found.items() if name not in _NO_WEIGHTS}
+    state = arranged(only_tensors(weights, path), _OPENAI, path)
+    more = dict(model_name="openai-community/gpt2", expected_l0=options.get("k"))
+    about = placed(path, _openai_place(path), hook=hook, **more)
     return built(kind, state, about, path, apply_b_dec_to_input=True, **options)
 
 # %% ../nbs/22_archives.ipynb #d6dddcec
-_NAMES = {"encoder.weight": ("W_enc", "nd"), "encoder.bias": ("b_enc", "n")}
-_NAMES |= {"decoder.weight": ("W_dec", "dn"), "decoder.bias": ("b_dec", "d")}
-_GOODFIRE = {name.replace(".", "_linear."): at for name, at in _NAMES.items()}
 _OWNERS = {"Llama": "meta-llama", "DeepSeek": "deepseek-ai"}
 
 
@@ -95,25 +99,19 @@ def _linear_place(path: Path) -> tuple[str | None, str | None]:
     return f"blocks.{found[2]}.hook_resid_post", f"{owner}/{model}" if owner else model
 
 # %% ../nbs/22_archives.ipynb #0adca013
+_LINEAR = layout_of(LINEAR_NAMES, "nd", "dn")
+_GOODFIRE = {name.replace(".", "_linear."): at for name, at in _LINEAR.items()}
+
+
 def linear(path: Path, hook=None):
     "An SAE of two linear layers and ReLU, as Goodfire and qresearch publish it, from its file."
     found = only_tensors(read_archive(path), path)
-    layout = _GOODFIRE if "encoder_linear.weight" in found else _NAMES
-    state = arranged(found, layout, path)
+    layout = _GOODFIRE if "encoder_linear.weight" in found else _LINEAR
     reads, model = _linear_place(path)
-    if not (hook or reads):
-        raise unplaced(path)
-    return built("standard", state, placed(path, hook or reads, model_name=model), path)
+    about = placed(path, reads, hook=hook, model_name=model)
+    return built("standard", arranged(found, layout, path), about, path)
 
 # %% ../nbs/22_archives.ipynb #e8462e9b
-_QWEN = {
-    "W_enc": ("W_enc", "nd"),
-    "b_enc": ("b_enc", "n"),
-    "W_dec": ("W_dec", "dn"),
-    "b_dec": ("b_dec", "d"),
-}
-
-
 def _qwen_name(path: Path) -> tuple[str, int, int]:
     "The model, the number of latents and that of active ones, by the names of the folders."
     found = in_path(path, r".*SAE-Res-(Qwen.+)-W(\d+)K-L0_(\d+)")
@@ -123,29 +121,22 @@ def _qwen_name(path: Path) -> tuple[str, int, int]:
     return f"Qwen/{found[1]}", int(found[2]) * 1024, int(found[3])
 
 # %% ../nbs/22_archives.ipynb #e349eef0
+_QWEN = layout_of(SAELENS_NAMES, "nd", "dn")
+
+
 def qwen_scope(path: Path, hook=None):
     "An SAE of Qwen-Scope from its file; TopK."
     state = arranged(only_tensors(read_archive(path), path), _QWEN, path)
     model, latents, k = _qwen_name(path)
-    if len(state["b_enc"]) != latents:
-        found = len(state["b_enc"])
+    found = len(state["b_enc"])
+    if found != latents:
         raise mistake(path, f"it has {found} latents, and its folder's name says {latents}", MEND)
     layer = re.match(r"layer(\d+)", path.name)
-    if not (layer or hook):
-        raise unplaced(path)
-    reads = hook or f"blocks.{layer[1]}.hook_resid_post"
-    return built("topk", state, placed(path, reads, model_name=model, expected_l0=k), path, k=k)
+    reads = layer and f"blocks.{layer[1]}.hook_resid_post"
+    about = placed(path, reads, hook=hook, model_name=model, expected_l0=k)
+    return built("topk", state, about, path, k=k)
 
 # %% ../nbs/22_archives.ipynb #38a4b1f1
-_E2E = {
-    "encoder.0.weight": ("W_enc", "nd"),
-    "encoder.0.bias": ("b_enc", "n"),
-    "decoder.weight": ("W_dec", "dn"),
-    "decoder.bias": ("b_dec", "d"),
-}
-_CENTRED = ("hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
-
-
 def _by_place(found: dict, path: Path) -> dict[str, dict]:
     "The tensors of a checkpoint of e2e_sae, by the hook point that they are of."
     places = {}
@@ -156,31 +147,23 @@ def _by_place(found: dict, path: Path) -> dict[str, dict]:
         places.setdefault(place.replace("-", "."), {})[rest] = x
     return places
 
+# %% ../nbs/22_archives.ipynb #08b46475
+def _output(name) -> tuple[int, str]:
+    "Layer and point of a hook point; of a block's input, those of the output that it is."
+    layer, point = point_of(str(name))
+    return (layer - 1, "hook_resid_post") if point == "hook_resid_pre" else (layer, point)
+
 # %% ../nbs/22_archives.ipynb #0aa890ef
-def _same(a, b) -> bool:
-    "Whether two hook points are the same place."
-    places = []
-    for name in (a, b):
-        layer, point = point_of(str(name))
-        before = point == "hook_resid_pre"
-        places.append((layer - 1, "hook_resid_post") if before else (layer, point))
-    return places[0] == places[1]
-
-
 def _wanted(places: dict[str, dict], path: Path, hook) -> str:
     "The hook point of the SAE that is asked for."
     if hook is None and len(places) == 1:
         return next(iter(places))
-    fits = [place for place in places if hook is not None and _same(place, hook)]
+    fits = [place for place in places if hook is not None and _output(place) == _output(hook)]
     if len(fits) != 1:
         raise unplaced(path, f"it holds SAEs of {', '.join(places)}")
     return fits[0]
 
 # %% ../nbs/22_archives.ipynb #c3687267
-_Run = TypedDict("_Run", {"tlens_model_name": NotRequired[str | None]})
-_MODELS = {"gpt2-small": "openai-community/gpt2"}
-
-
 def _last_checkpoint(folder: Path) -> Path:
     "The last checkpoint of a run of e2e_sae."
     found = [p for p in folder.glob("samples_*.pt") if p.stem.rpartition("_")[2].isdigit()]
@@ -188,19 +171,41 @@ def _last_checkpoint(folder: Path) -> Path:
         raise mistake(folder, "no checkpoint samples_N.pt is there", "give a run's folder")
     return max(found, key=lambda p: int(p.stem.rpartition("_")[2]))
 
-# %% ../nbs/22_archives.ipynb #ef7ace82
-def e2e_sae(path: Path, hook=None):
-    "An SAE of e2e_sae from a run's folder, or one of its checkpoints."
-    path = _last_checkpoint(path) if path.is_dir() else path
-    run = read_yaml(path.parent / "final_config.yaml", _Run, MEND)
-    places = _by_place(only_tensors(read_archive(path), path), path)
-    place = _wanted(places, path, hook)
+# %% ../nbs/22_archives.ipynb #82f1cfeb
+_CENTRED = ("hook_resid_pre", "hook_resid_post", "hook_attn_out", "hook_mlp_out")
+
+# %% ../nbs/22_archives.ipynb #0807ffb4
+def _check_centred(place: str, path: Path):
+    "Raise `UsageError` for a place at which TransformerLens changes more than the mean."
     if not place.endswith(_CENTRED):
         told = f"an SAE of {place}, which TransformerLens changes in a way that is not folded"
         raise mistake(path, told, "give one of the residual stream")
+
+# %% ../nbs/22_archives.ipynb #9bfccc28
+class _Run(TypedDict, total=False):
+    "What the configuration of a run says of the model."
+
+    tlens_model_name: str | None
+
+# %% ../nbs/22_archives.ipynb #543aa0ae
+def _run_model(folder: Path) -> str | None:
+    "The model that a run of e2e_sae was on, by its name on the hub."
+    name = read_yaml(folder / "final_config.yaml", _Run, MEND).get("tlens_model_name")
+    return "openai-community/gpt2" if name == "gpt2-small" else name
+
+# %% ../nbs/22_archives.ipynb #ef7ace82
+_E2E = layout_of(("encoder.0.weight", "encoder.0.bias", *LINEAR_NAMES[2:]), "nd", "dn")
+
+
+def e2e_sae(path: Path, hook=None):
+    "An SAE of e2e_sae from a run's folder, or one of its checkpoints."
+    path = _last_checkpoint(path) if path.is_dir() else path
+    model = _run_model(path.parent)
+    places = _by_place(only_tensors(read_archive(path), path), path)
+    place = _wanted(places, path, hook)
+    _check_centred(place, path)
     state = arranged(places[place], _E2E, path)
     state["W_dec"] = normalize(state["W_dec"], dim=1)
-    name = run.get("tlens_model_name")
-    sae = built("standard", state, placed(path, place, model_name=_MODELS.get(name, name)), path)
+    sae = built("standard", state, placed(path, place, model_name=model), path)
     fold_mean(sae)
     return sae

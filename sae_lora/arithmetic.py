@@ -139,9 +139,7 @@ def compiled(lm, on: bool = True, but=()):
 @lru_cache
 def hold_memory():
     "Ask glibc, where that is the C library, to hold up to a gigabyte of freed memory for reuse."
-    if not platform.libc_ver()[0] == "glibc":
-        return
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from malloc.h
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_THRESHOLD, 2**25)  # the largest it takes
-    libc.mallopt(M_TRIM_THRESHOLD, 2**30)
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 2**25)  # M_MMAP_THRESHOLD of malloc.h; this is the largest it takes
+        libc.mallopt(-1, 2**30)  # M_TRIM_THRESHOLD

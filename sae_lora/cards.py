@@ -45,15 +45,19 @@ def _passage(tok, ids: Tensor, counts: Tensor, acts: dict, where: tuple[int, int
         out[model] = [round(x, 2) for x in a[row, start:stop][shown].tolist()]
     return out
 
+# %% ../nbs/46_cards.ipynb #c300a355
+def _overlap(first: list[tuple], second: list[tuple]) -> float:
+    "Which share of the rows of the first passages `(row, start, stop)` are rows of the second."
+    rows = {row for row, _, _ in first}
+    return len(rows & {row for row, _, _ in second}) / max(len(rows), 1)
+
 # %% ../nbs/46_cards.ipynb #9ecaf864
 def _firings(tok, ids: Tensor, counts: Tensor, acts: dict, compare, n: int) -> tuple[dict, dict]:
     "What one latent's activations `(rows, length)` by model say: figures, and passages."
     top = {m: passages(acts[m], n, window=24) for m in compare}
-    first = {row for row, _, _ in top[compare[0]]}
-    second = {row for row, _, _ in top[compare[1]]}
     figures = dict(
         rate={m: float((acts[m] > 0).sum() / counts.sum()) for m in compare},
-        top_overlap=len(first & second) / max(len(first), 1),
+        top_overlap=_overlap(top[compare[0]], top[compare[1]]),
     )
     shown = [_passage(tok, ids, counts, acts, where) for where in top[compare[0]]]
     return figures, dict(passages=shown)

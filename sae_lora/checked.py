@@ -109,15 +109,18 @@ def _judge(schema):
 
     return TypeAdapter(schema)
 
+# %% ../nbs/02_checked.ipynb #3f0cf421
+_CONTAINERS = {dict: "an object", list: "a list", type(None): "null"}
+
 # %% ../nbs/02_checked.ipynb #66f54392
 def _told(value) -> str:
     "A value in a message; of a container only that it is one."
-    for kind, word in ((dict, "an object"), (list, "a list"), (type(None), "null")):
-        if isinstance(value, kind):
-            return word
+    if type(value) in _CONTAINERS:
+        return _CONTAINERS[type(value)]
     if isinstance(value, bool):
         return str(value).lower()
-    return one_line(repr(str(value)[:200]) if isinstance(value, str) else str(value)[:200], 40)
+    told = str(value)[:200]
+    return one_line(repr(told) if isinstance(value, str) else told, 40)
 
 # %% ../nbs/02_checked.ipynb #1d2b63fb
 _WORDS = {

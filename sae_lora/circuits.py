@@ -13,23 +13,26 @@ from typing import Literal
 from typing_extensions import NotRequired, TypedDict
 
 from .checked import Count, conforming, mistake, read_tensors, read_yaml
-from .containers import MEND, arranged, built, placed
+from .containers import MEND, SAELENS_NAMES, arranged, built, layout_of, placed
+
+# %% ../nbs/23_circuits.ipynb #12fff175
+class _Set(TypedDict):
+    "What the configuration of a set of transcoders says."
+
+    model_kind: NotRequired[str]
+    model_name: NotRequired[str | None]
+    feature_input_hook: str
+    feature_output_hook: str
+    activation: NotRequired[Literal["topk", "relu"] | None]
+    k: NotRequired[Count | None]
+
+# %% ../nbs/23_circuits.ipynb #fedad26d
+class _TopK(TypedDict):
+    "What it must say where the activation is TopK."
+
+    k: Count
 
 # %% ../nbs/23_circuits.ipynb #b14b2fed
-_Set = TypedDict(
-    "_Set",
-    {
-        "model_kind": NotRequired[str],
-        "model_name": NotRequired[str | None],
-        "feature_input_hook": str,
-        "feature_output_hook": str,
-        "activation": NotRequired[Literal["topk", "relu"] | None],
-        "k": NotRequired[Count | None],
-    },
-)
-_TopK = TypedDict("_TopK", {"k": Count})
-
-
 def _set(path: Path) -> dict:
     "What the `config.yaml` of a set of transcoders says."
     about = read_yaml(path, _Set, MEND)
@@ -40,38 +43,37 @@ def _set(path: Path) -> dict:
         conforming(about, _TopK, path, MEND)
     return about
 
+# %% ../nbs/23_circuits.ipynb #f1e48d5d
+def _only_file(folder: Path) -> Path:
+    "The one transcoder in a folder. Raises `UsageError` where it has several."
+    found = sorted(folder.glob("layer_*.safetensors"))
+    if len(found) != 1:
+        told = f"it holds {len(found)} transcoders, one for each layer"
+        raise mistake(folder, told, "give the file of one, such as layer_0.safetensors")
+    return found[0]
+
 # %% ../nbs/23_circuits.ipynb #86a66d07
-def _layer_file(path: Path) -> tuple[Path, int]:
-    "The file of one transcoder and its layer. Raises `UsageError` for a folder that has several."
-    if path.is_dir():
-        found = sorted(path.glob("layer_*.safetensors"))
-        if len(found) != 1:
-            told = f"it holds {len(found)} transcoders, one for each layer"
-            raise mistake(path, told, "give the file of one, such as layer_0.safetensors")
-        path = found[0]
+def _layer(path: Path) -> int:
+    "The layer of a transcoder, by the name of its file."
     layer = re.fullmatch(r"layer_(\d+)\.safetensors", path.name)
     if not layer:
         told = "its name does not say of which layer it is"
         raise mistake(path, told, "keep the name that it has on the hub")
-    return path, int(layer[1])
+    return int(layer[1])
 
-# %% ../nbs/23_circuits.ipynb #a1fa470a
-_LAYOUT = {
-    "W_enc": ("W_enc", "nd"),
-    "b_enc": ("b_enc", "n"),
-    "W_dec": ("W_dec", "no"),
-    "b_dec": ("b_dec", "o"),
+# %% ../nbs/23_circuits.ipynb #2bfc328c
+_LAYOUT = layout_of(SAELENS_NAMES, "nd", "no")
+_MORE = {
+    "activation_function.threshold": ("threshold", "n"),
+    "W_skip": ("W_skip", "od"),
 }
-_THRESHOLD = {"activation_function.threshold": ("threshold", "n")}
-_SKIP = {"W_skip": ("W_skip", "od")}
 
 
 def _layout(found: dict) -> dict:
     "The layout of a transcoder's file, with what it may have and has."
-    more = _THRESHOLD | _SKIP
-    return _LAYOUT | {name: at for name, at in more.items() if name in found}
+    return _LAYOUT | {name: at for name, at in _MORE.items() if name in found}
 
-
+# %% ../nbs/23_circuits.ipynb #a1fa470a
 def _kind(about: dict, state: dict, path: Path) -> tuple[str, dict]:
     "The architecture and the options of a transcoder."
     skip = "skip_" if "W_skip" in state else ""
@@ -79,16 +81,15 @@ def _kind(about: dict, state: dict, path: Path) -> tuple[str, dict]:
         if float(state["threshold"].min()) < 0:
             raise mistake(path, "thresholds below 0, which keep negative latents", MEND)
         return f"jumprelu_{skip}transcoder", {}
-    if about.get("activation") != "topk":
-        return f"{skip}transcoder", {}
-    if about["k"] > len(state["b_enc"]):
-        raise mistake(path, f"k is {about['k']}, of {len(state['b_enc'])} latents", MEND)
-    return f"topk_{skip}transcoder", dict(k=about["k"], relu=False)
+    if about.get("activation") == "topk":
+        return f"topk_{skip}transcoder", dict(k=about["k"], relu=False)
+    return f"{skip}transcoder", {}
 
 # %% ../nbs/23_circuits.ipynb #dd393ba9
 def circuit_tracer(path: Path, hook=None):
     "A transcoder of one layer from its file in a folder of circuit-tracer."
-    path, layer = _layer_file(path)
+    path = _only_file(path) if path.is_dir() else path
+    layer = _layer(path)
     about = _set(path.parent / "config.yaml")
     found = read_tensors(path, mend=MEND)
     state = arranged(found, _layout(found), path)

@@ -13,46 +13,49 @@ import torch
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
-from .checked import Count, mistake, read_json
+from .checked import Count, mistake
 from sae_lora.containers import (
+    LINEAR_NAMES,
     MEND,
     NO_PLACE,
+    SAELENS_NAMES,
     arranged,
     built,
+    config_near,
     in_path,
+    layout_of,
     only_tensors,
     placed,
     read_archive,
     spelled,
-    unplaced,
 )
 from .files import UsageError
 from .sites import point_of
 
-# %% ../nbs/21_dictionary_learning.ipynb #afbf0c94
-_LINEAR = {"encoder.weight": ("W_enc", "nd"), "decoder.weight": ("W_dec", "dn")}
-_BIASES = _LINEAR | {"encoder.bias": ("b_enc", "n"), "b_dec": ("b_dec", "d")}
-_PLAIN = {
-    "W_enc": ("W_enc", "dn"),
-    "b_enc": ("b_enc", "n"),
-    "W_dec": ("W_dec", "nd"),
-    "b_dec": ("b_dec", "d"),
-}
+# %% ../nbs/21_dictionary_learning.ipynb #8e508c24
 _GATED = {
+    "encoder.weight": ("W_enc", "nd"),
+    "decoder.weight": ("W_dec", "dn"),
     "decoder_bias": ("b_dec", "d"),
     "r_mag": ("r_mag", "n"),
     "gate_bias": ("b_gate", "n"),
     "mag_bias": ("b_mag", "n"),
 }
+_PLAIN = layout_of(SAELENS_NAMES, "dn", "nd")
+_TOPK = layout_of((*LINEAR_NAMES[:3], "b_dec"), "nd", "dn")
+
+# %% ../nbs/21_dictionary_learning.ipynb #3b407aca
 _LAYOUTS = {
-    "AutoEncoder": _LINEAR | {"encoder.bias": ("b_enc", "n"), "bias": ("b_dec", "d")},
-    "AutoEncoderNew": _LINEAR | {"encoder.bias": ("b_enc", "n"), "decoder.bias": ("b_dec", "d")},
-    "GatedAutoEncoder": _LINEAR | _GATED,
+    "AutoEncoder": layout_of((*LINEAR_NAMES[:3], "bias"), "nd", "dn"),
+    "AutoEncoderNew": layout_of(LINEAR_NAMES, "nd", "dn"),
+    "GatedAutoEncoder": _GATED,
     "JumpReluAutoEncoder": _PLAIN | {"threshold": ("threshold", "n")},
-    "AutoEncoderTopK": _BIASES,
-    "BatchTopKSAE": _BIASES,
+    "AutoEncoderTopK": _TOPK,
+    "BatchTopKSAE": _TOPK,
     "MatryoshkaBatchTopKSAE": _PLAIN,
 }
+
+# %% ../nbs/21_dictionary_learning.ipynb #afbf0c94
 _KINDS = {
     "AutoEncoder": "standard",
     "AutoEncoderNew": "standard",
@@ -62,34 +65,36 @@ _KINDS = {
     "BatchTopKSAE": "jumprelu",
     "MatryoshkaBatchTopKSAE": "jumprelu",
 }
-_NOT_SUBTRACTING = ("AutoEncoderNew", "JumpReluAutoEncoder")
-_COUNTS = ("k", "threshold", "group_sizes")  # tensors that are not weights
+
+# %% ../nbs/21_dictionary_learning.ipynb #a45c6049
+class _Trainer(TypedDict, total=False):
+    "What a configuration may say of the training."
+
+    dict_class: str
+    activation_dim: Count
+    dict_size: Count
+    k: Count | None
+    layer: int | None
+    lm_name: str | None
+    submodule_name: str | None
+
+# %% ../nbs/21_dictionary_learning.ipynb #6dced013
+class _Buffer(TypedDict, total=False):
+    "What a configuration may say of the hidden states: on which side of a module they were."
+
+    io: str
 
 # %% ../nbs/21_dictionary_learning.ipynb #c66655cd
-_Trainer = TypedDict(
-    "_Trainer",
-    {
-        "dict_class": NotRequired[str],
-        "activation_dim": NotRequired[Count],
-        "dict_size": NotRequired[Count],
-        "k": NotRequired[Count | None],
-        "layer": NotRequired[int | None],
-        "lm_name": NotRequired[str | None],
-        "submodule_name": NotRequired[str | None],
-    },
-)
-_Buffer = TypedDict("_Buffer", {"io": NotRequired[str]})
-_Config = TypedDict("_Config", {"trainer": _Trainer, "buffer": NotRequired[_Buffer]})
+class _Config(TypedDict):
+    "What a `config.json` of dictionary_learning says."
+
+    trainer: _Trainer
+    buffer: NotRequired[_Buffer]
+
+# %% ../nbs/21_dictionary_learning.ipynb #c3ff1c26
+_COUNTS = ("k", "threshold", "group_sizes")  # tensors that are not weights
 
 
-def _training(path: Path) -> dict:
-    "What the configuration of dictionary_learning beside `path`, or above it, says."
-    for place in (path.parent, path.absolute().parent.parent):
-        if (place / "config.json").is_file():
-            return read_json(place / "config.json", _Config, MEND)
-    return {"trainer": {}}
-
-# %% ../nbs/21_dictionary_learning.ipynb #3b49d335
 def _fitting(found: dict) -> list[str]:
     "The classes that have the tensors which were `found`."
     weights = found.keys() - set(_COUNTS)
@@ -97,7 +102,7 @@ def _fitting(found: dict) -> list[str]:
     fits = [name for name, layout in _LAYOUTS.items() if layout.keys() - {"threshold"} == weights]
     return [name for name in fits if (name == "MatryoshkaBatchTopKSAE") == nested]
 
-
+# %% ../nbs/21_dictionary_learning.ipynb #3b49d335
 def _class(trainer: dict, found: dict, path: Path) -> str:
     "Which class of dictionary_learning a file is of."
     fits = _fitting(found)
@@ -110,7 +115,7 @@ def _class(trainer: dict, found: dict, path: Path) -> str:
         raise mistake(path, told, "give one of the classes of dictionary_learning 0.1")
     return name
 
-# %% ../nbs/21_dictionary_learning.ipynb #54223b32
+# %% ../nbs/21_dictionary_learning.ipynb #8f63ca04
 def _split(found: dict, name: str) -> tuple[dict, dict]:
     "The weights of a file of the class `name`, and its counts."
     own = ("k", "threshold") if "TopK" in name else ()
@@ -118,16 +123,14 @@ def _split(found: dict, name: str) -> tuple[dict, dict]:
     weights = {n: x for n, x in found.items() if n not in own}
     return weights, {n: found[n] for n in own if n in found}
 
-
-def _check_k(counts: dict, trainer: dict, path: Path) -> int | None:
+# %% ../nbs/21_dictionary_learning.ipynb #54223b32
+def _active(counts: dict, trainer: dict, path: Path) -> int | None:
     "How many latents are active. Raises `UsageError` where file and configuration differ."
-    k = trainer.get("k")
-    if "k" not in counts:
-        return k
-    found = int(counts["k"])
-    if k not in (None, found):
-        raise mistake(path, f"k is {found}, and config.json says {k}", MEND)
-    return found
+    said = trainer.get("k")
+    k = int(counts["k"]) if "k" in counts else said
+    if said not in (None, k):
+        raise mistake(path, f"k is {k}, and config.json says {said}", MEND)
+    return k
 
 # %% ../nbs/21_dictionary_learning.ipynb #3d34d95c
 def _threshold(counts: dict, latents: int, path: Path) -> Tensor:
@@ -140,21 +143,22 @@ def _threshold(counts: dict, latents: int, path: Path) -> Tensor:
         raise mistake(path, told, "give one that was trained for more than 1,000 steps")
     return torch.full((latents,), threshold)
 
-# %% ../nbs/21_dictionary_learning.ipynb #b23e05db
-def _check_sizes(state: dict, counts: dict, trainer: dict, path: Path):
-    "Raise `UsageError` unless weights, groups and configuration are of the same sizes."
+# %% ../nbs/21_dictionary_learning.ipynb #e23ce93d
+def _check_sizes(state: dict, trainer: dict, path: Path):
+    "Raise `UsageError` unless weights and configuration are of the same sizes."
     width, latents = state["W_enc"].shape
     for key, size in (("activation_dim", width), ("dict_size", latents)):
         if trainer.get(key, size) != size:
             raise mistake(path, f"its weights have {size}, and {key} is {trainer[key]}", MEND)
-    groups = counts.get("group_sizes")
-    if groups is not None and int(sum(groups)) != latents:
-        raise mistake(path, f"group_sizes add up to {int(sum(groups))}, of {latents} latents", MEND)
 
-# %% ../nbs/21_dictionary_learning.ipynb #0462666f
-_SUBMODULE = (
-    r"(resid_pre|resid_post|resid_out|mlp_out|attn_out|mlp|attn|attention)(?:_layer)?_?(\d+)?"
-)
+# %% ../nbs/21_dictionary_learning.ipynb #b23e05db
+def _check_groups(counts: dict, latents: int, path: Path):
+    "Raise `UsageError` unless the groups of a Matryoshka SAE have all its latents together."
+    total = int(sum(counts.get("group_sizes", [latents])))
+    if total != latents:
+        raise mistake(path, f"group_sizes add up to {total}, of {latents} latents", MEND)
+
+# %% ../nbs/21_dictionary_learning.ipynb #fefeb1c7
 _POINTS = {
     "resid_pre": "hook_resid_pre",
     "resid_post": "hook_resid_post",
@@ -166,14 +170,15 @@ _POINTS = {
     "attention": "attn.hook_out",
 }
 
+# %% ../nbs/21_dictionary_learning.ipynb #a7ba78c5
+_SUBMODULE = rf"({'|'.join(_POINTS)})(?:_layer)?_?(\d+)?"
+_FOLDER = r"(resid_pre|resid_post|resid_out|mlp_out|attn_out)_layer_?(\d+).*"
 
+# %% ../nbs/21_dictionary_learning.ipynb #0462666f
 def _submodule(trainer: dict, path: Path) -> tuple[int | None, str] | None:
     "Layer and point by the submodule's name, or else by that of a folder."
     name = trainer.get("submodule_name")
-    if name is None:
-        found = in_path(path, r"(resid_pre|resid_post|resid_out|mlp_out|attn_out)_layer_?(\d+).*")
-    else:
-        found = re.fullmatch(_SUBMODULE, name)
+    found = in_path(path, _FOLDER) if name is None else re.fullmatch(_SUBMODULE, name)
     if found:
         return found[2] and int(found[2]), _POINTS[found[1]]
     try:
@@ -181,7 +186,7 @@ def _submodule(trainer: dict, path: Path) -> tuple[int | None, str] | None:
     except UsageError:
         raise mistake(path, f"submodule_name is {name[:60]!r}", NO_PLACE) from None
 
-# %% ../nbs/21_dictionary_learning.ipynb #f6650a8b
+# %% ../nbs/21_dictionary_learning.ipynb #12cbbb07
 def _side(point: str, io: str, path: Path) -> str:
     "The point on the side `io` of the module whose output `point` is."
     if io == "out":
@@ -191,22 +196,23 @@ def _side(point: str, io: str, path: Path) -> str:
     told = f"trained on the side {io[:20]!r} of a module, of which nothing is replaced"
     raise mistake(path, told, "give an SAE of a module's output")
 
-
-def _place(config: dict, path: Path) -> str:
-    "The hook point of a file of dictionary_learning."
-    trainer = config["trainer"]
-    found = _submodule(trainer, path)
-    if not found:
-        raise unplaced(path)
-    layer, point = found
+# %% ../nbs/21_dictionary_learning.ipynb #6e675ac2
+def _layer(trainer: dict, told: int | None, path: Path) -> int | None:
+    "The layer that configuration or submodule says. Raises `UsageError` where the two differ."
     said = trainer.get("layer")
-    if None not in (said, layer) and said != layer:
-        told = f"trainer.layer is {said}, and submodule_name says {layer}"
-        raise mistake(path.parent / "config.json", told, MEND)
-    layer = said if layer is None else layer
+    if None not in (said, told) and said != told:
+        differs = f"trainer.layer is {said}, and submodule_name says {told}"
+        raise mistake(path.parent / "config.json", differs, MEND)
+    return told if said is None else said
+
+# %% ../nbs/21_dictionary_learning.ipynb #f6650a8b
+def _place(config: dict, path: Path) -> str | None:
+    "The hook point of a file of dictionary_learning; `None` where nothing says it."
+    found = _submodule(config["trainer"], path)
+    layer = _layer(config["trainer"], found[0], path) if found else None
     if layer is None:
-        raise unplaced(path)
-    point = _side(point, config.get("buffer", {}).get("io", "out"), path)
+        return None
+    point = _side(found[1], config.get("buffer", {}).get("io", "out"), path)
     return spelled(f"blocks.{layer}.{point}")
 
 # %% ../nbs/21_dictionary_learning.ipynb #742b128c
@@ -218,29 +224,30 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         raise mistake(path, told, "give the ae.pt that the run ended with")
     return only_tensors(found, path)
 
-# %% ../nbs/21_dictionary_learning.ipynb #37b41864
-def _active(k: int | None, state: dict, path: Path) -> int:
-    "How many latents are active. Raises `UsageError` where that is not said, or too many."
-    if k is None or not 0 < k <= len(state["b_enc"]):
-        raise mistake(path, f"k is {k}, of {len(state['b_enc'])} latents", MEND)
-    return k
+# %% ../nbs/21_dictionary_learning.ipynb #be07d302
+_NOT_SUBTRACTING = ("AutoEncoderNew", "JumpReluAutoEncoder")
+
+
+def _rule(name: str, counts: dict, k: int | None, latents: int, path: Path) -> tuple[dict, dict]:
+    "Of the class `name`, the options of its configuration, and a threshold beside the weights."
+    options = {"apply_b_dec_to_input": name not in _NOT_SUBTRACTING}
+    if name == "AutoEncoderTopK":
+        return options | {"k": k}, {}
+    batch = "TopK" in name
+    return options, {"threshold": _threshold(counts, latents, path)} if batch else {}
 
 # %% ../nbs/21_dictionary_learning.ipynb #d25f91e1
 def dictionary_learning(path: Path, hook=None):
     "An SAE of dictionary_learning from its `ae.pt`."
-    found = _tensors(path)
-    config = _training(path)
+    found, config = _tensors(path), config_near(path, _Config) or {"trainer": {}}
     trainer = config["trainer"]
     name = _class(trainer, found, path)
     weights, counts = _split(found, name)
     state = arranged(weights, _LAYOUTS[name], path)
-    _check_sizes(state, counts, trainer, path)
-    k = _check_k(counts, trainer, path)
-    options = {"apply_b_dec_to_input": name not in _NOT_SUBTRACTING}
-    if name == "AutoEncoderTopK":
-        options["k"] = _active(k, state, path)
-    elif "TopK" in name:
-        state["threshold"] = _threshold(counts, len(state["b_enc"]), path)
-    more = dict(model_name=trainer.get("lm_name"), expected_l0=k)
-    about = placed(path, hook or _place(config, path), **more)
-    return built(_KINDS[name], state, about, path, **options)
+    _check_sizes(state, trainer, path)
+    latents, k = state["W_enc"].shape[1], _active(counts, trainer, path)
+    _check_groups(counts, latents, path)
+    options, threshold = _rule(name, counts, k, latents, path)
+    place = _place(config, path) if hook is None else hook
+    about = placed(path, place, model_name=trainer.get("lm_name"), expected_l0=k)
+    return built(_KINDS[name], state | threshold, about, path, **options)

@@ -25,7 +25,7 @@ from .saelens import for_hugging_face, from_registry, moved, saelens
 from .sites import transcodes
 from .sparsify import sparsify
 
-# %% ../nbs/25_formats.ipynb #96272b75
+# %% ../nbs/25_formats.ipynb #024e472c
 def _folder_with(*names: str) -> Callable:
     "Recognise a folder that has files of these `names`, or one of them that is no `.json`."
 
@@ -35,15 +35,18 @@ def _folder_with(*names: str) -> Callable:
 
     return finds
 
+# %% ../nbs/25_formats.ipynb #11b26556
+def _matching(pattern: str, path: Path) -> list[Path]:
+    "Of the files in the folder `path`, or of that file itself, those whose names match `pattern`."
+    inside = sorted(path.iterdir()) if path.is_dir() else [path]
+    return [p for p in inside if re.fullmatch(pattern, p.name)]
 
+# %% ../nbs/25_formats.ipynb #96272b75
 def _file(pattern: str) -> Callable:
     "Recognise a file whose name matches `pattern`, or a folder that has one such file alone."
 
     def finds(path: Path) -> Path | None:
-        if re.fullmatch(pattern, path.name):
-            return path
-        inside = sorted(path.iterdir()) if path.is_dir() else []
-        found = [p for p in inside if re.fullmatch(pattern, p.name)]
+        found = _matching(pattern, path)
         return found[0] if len(found) == 1 else None
 
     return finds
@@ -58,21 +61,19 @@ def _archive_with(name: str) -> Callable:
 
     return finds
 
-# %% ../nbs/25_formats.ipynb #5ddf6b6c
-_CROSS_LAYER = r"(?:W_enc|W_dec|params_layer)_\d+\.safetensors"
-
-
+# %% ../nbs/25_formats.ipynb #e91595ac
 def _any_file(pattern: str, beside: str = "") -> Callable:
     "Recognise a folder with files that match `pattern` and one named `beside`, or such a file."
 
     def finds(path: Path) -> Path | None:
         folder = path if path.is_dir() else path.parent
-        if beside and not (folder / beside).is_file():
-            return None
-        inside = sorted(p.name for p in path.iterdir()) if path.is_dir() else [path.name]
-        return path if any(re.fullmatch(pattern, name) for name in inside) else None
+        whole = not beside or (folder / beside).is_file()
+        return path if whole and _matching(pattern, path) else None
 
     return finds
+
+# %% ../nbs/25_formats.ipynb #5ddf6b6c
+_CROSS_LAYER = r"(?:W_enc|W_dec|params_layer)_\d+\.safetensors"
 
 
 def _cross_layer(path: Path, hook=None):
@@ -80,7 +81,7 @@ def _cross_layer(path: Path, hook=None):
     told = "a cross-layer transcoder, which writes to many layers"
     raise mistake(path, told, "give an SAE or a transcoder of one layer")
 
-# %% ../nbs/25_formats.ipynb #86f3622b
+# %% ../nbs/25_formats.ipynb #3f647504
 class Format(NamedTuple):
     "A format: what `finds` the path that its `reader` wants, of a path that is given, or `None`."
 
@@ -88,7 +89,7 @@ class Format(NamedTuple):
     finds: Callable
     reader: Callable
 
-
+# %% ../nbs/25_formats.ipynb #86f3622b
 FORMATS = (
     Format("Gemma Scope", _file(r"params\.(?:npz|safetensors)"), gemma_scope),
     Format("sparsify", _folder_with("cfg.json", "sae.safetensors"), sparsify),
@@ -125,16 +126,18 @@ def _path_of(spec: str) -> Path | None:
         raise mistake(path, reason, MEND)
     return None if reason == "no such file" else path
 
+# %% ../nbs/25_formats.ipynb #7c434430
+def _from_path(path: Path, hook):
+    "An SAE in a folder or file, by the reader of its format."
+    known, found = recognised(path)
+    return known.reader(found, hook)
+
 # %% ../nbs/25_formats.ipynb #dc4d53e3
 def _read(spec: str, hook):
     "An SAE that was given as a name or a path."
     path = _path_of(spec)
     try:
-        if path:
-            known, found = recognised(path)
-            sae = known.reader(found, hook)
-        else:
-            sae = from_registry(spec, hook)
+        sae = _from_path(path, hook) if path else from_registry(spec, hook)
     except UsageError:
         raise
     except Exception as e:  # however a library fails on a damaged file
@@ -142,7 +145,7 @@ def _read(spec: str, hook):
     sae.cfg.metadata.source = spec
     return sae
 
-# %% ../nbs/25_formats.ipynb #b1b2bc3a
+# %% ../nbs/25_formats.ipynb #90f74a87
 _SCALED = "expected_average_only_in"
 
 
@@ -155,18 +158,19 @@ def _cannot_fold(sae) -> str | None:
         return "its activations were whitened by a matrix that is not in the file"
     return None
 
-
+# %% ../nbs/25_formats.ipynb #b1b2bc3a
 def _fold(sae, spec, norm_factor: float | None):
     "Fold the scale that the activations of `sae`, given as `spec`, had into its weights."
     if norm_factor is not None and not 0 < norm_factor < math.inf:
         raise UsageError(f"norm_factor={norm_factor}; give a number above 0")
     if told := _cannot_fold(sae):
         raise mistake(spec, told, "give one whose scale is folded into its weights")
-    if sae.cfg.normalize_activations == _SCALED:
-        if norm_factor is None:
-            told = "its activations were scaled by a factor that is not in the file"
-            raise mistake(spec, told, "give norm_factor, √width over the mean norm of activations")
-        sae.fold_activation_norm_scaling_factor(norm_factor)
+    if sae.cfg.normalize_activations != _SCALED:
+        return
+    if norm_factor is None:
+        told = "its activations were scaled by a factor that is not in the file"
+        raise mistake(spec, told, "give norm_factor, √width over the mean norm of activations")
+    sae.fold_activation_norm_scaling_factor(norm_factor)
 
 # %% ../nbs/25_formats.ipynb #f27a6b04
 def load_sae(spec="default", norm_factor: float | None = None, device: str = "cpu", hook=None):

@@ -8,31 +8,23 @@ __all__ = ['gemma_scope']
 # %% ../nbs/18_gemma_scope.ipynb #215b4d19
 from pathlib import Path
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
 
 from .checked import mistake, read_json, read_tensors
 from sae_lora.containers import (
     MEND,
+    SAELENS_NAMES,
     arranged,
     built,
     in_path,
+    layout_of,
+    no_skip,
     only_read,
     placed,
-    unplaced,
 )
 from .sites import point_of
 
 # %% ../nbs/18_gemma_scope.ipynb #f7bb6892
-_LAYOUT = {
-    "W_enc": ("W_enc", "dn"),
-    "b_enc": ("b_enc", "n"),
-    "W_dec": ("W_dec", "no"),
-    "b_dec": ("b_dec", "o"),
-    "threshold": ("threshold", "n"),
-}
-_AFFINE = {"affine_skip_connection": ("W_skip", "do")}
-
-
 def _arrays(path: Path) -> dict:
     "The arrays of a Gemma Scope file by the names of the first one."
     found = read_tensors(path, mend=MEND)
@@ -48,28 +40,26 @@ def _refuse_others(found: dict, path: Path):
         layers = found["W_dec"].shape[1]
         raise mistake(path, f"a cross-layer transcoder, which writes to {layers} layers", mend)
 
-# %% ../nbs/18_gemma_scope.ipynb #76b65314
-_ONE = {
+# %% ../nbs/18_gemma_scope.ipynb #14b74997
+_POINTS = {
     "res": ("hook_resid_post", None),
     "mlp": ("hook_mlp_out", None),
     "att": ("attn.hook_z", None),
     "transcoders": ("ln2.hook_normalized", "hook_mlp_out"),
-}
-_TWO = {
     "resid_post": ("hook_resid_post", None),
     "mlp_out": ("hook_mlp_out", None),
     "attn_out": ("attn.hook_z", None),
     "transcoder": ("mlp.hook_in", "hook_mlp_out"),
 }
 
-
+# %% ../nbs/18_gemma_scope.ipynb #76b65314
 def _by_name(path: Path) -> tuple[str, str | None] | None:
     "What a file reads and replaces by the names of its folders, without the layer."
+    names = r"(resid_post|mlp_out|attn_out|transcoder)(?:_all)?"
     if path.suffix == ".npz":
-        found = in_path(path, r"(?:.*gemma-scope-.*-)?(res|mlp|att|transcoders)(?:-canonical)?")
-        return found and _ONE[found[1]]
-    found = in_path(path, r"(resid_post|mlp_out|attn_out|transcoder)(?:_all)?")
-    return found and _TWO[found[1]]
+        names = r"(?:.*gemma-scope-.*-)?(res|mlp|att|transcoders)(?:-canonical)?"
+    found = in_path(path, names)
+    return found and _POINTS[found[1]]
 
 # %% ../nbs/18_gemma_scope.ipynb #49d281a4
 def _named(path: Path) -> tuple[str, str | None] | None:
@@ -81,19 +71,17 @@ def _named(path: Path) -> tuple[str, str | None] | None:
     reads, replaces = (p and f"blocks.{layer[1]}.{p}" for p in points)
     return reads, replaces
 
+# %% ../nbs/18_gemma_scope.ipynb #71a38281
+class _Config(TypedDict, total=False):
+    "What a `config.json` may say."
+
+    architecture: str
+    model_name: str | None
+    hf_hook_point_in: str | None
+    hf_hook_point_out: str | None
+    affine_connection: bool | None
+
 # %% ../nbs/18_gemma_scope.ipynb #56dd746d
-_Config = TypedDict(
-    "_Config",
-    {
-        "architecture": NotRequired[str],
-        "model_name": NotRequired[str | None],
-        "hf_hook_point_in": NotRequired[str | None],
-        "hf_hook_point_out": NotRequired[str | None],
-        "affine_connection": NotRequired[bool | None],
-    },
-)
-
-
 def _config(path: Path) -> dict:
     "What the `config.json` beside a Gemma Scope file says; nothing where there is none."
     about = path.parent / "config.json"
@@ -103,48 +91,58 @@ def _config(path: Path) -> dict:
     return config
 
 # %% ../nbs/18_gemma_scope.ipynb #74c00ced
-def _told(hook, affine: bool) -> tuple[str, str | None] | None:
-    "What a file reads and replaces when the user says `hook`."
+def _told(hook, affine: bool) -> tuple:
+    "What a file reads and replaces when the user says `hook`; `None` where nothing is said."
     if hook is None:
-        return None
+        return None, None
     layer, _ = point_of(str(hook))
     if only_read(hook):
         return hook, f"blocks.{layer}.hook_mlp_out"
     return (f"blocks.{layer}.mlp.hook_in", hook) if affine else (hook, None)
 
 # %% ../nbs/18_gemma_scope.ipynb #113436f6
-def _place(path: Path, config: dict, affine: bool, hook) -> tuple[str, str | None]:
-    "What a Gemma Scope file reads, and what it replaces if it is a transcoder."
-    if config.get("hf_hook_point_in"):
-        reads, replaces = config["hf_hook_point_in"], config.get("hf_hook_point_out")
+def _place(path: Path, config: dict, affine: bool, hook) -> tuple:
+    "What a Gemma Scope file reads, and what it replaces if it is a transcoder, where that is said."
+    reads, replaces = config.get("hf_hook_point_in"), config.get("hf_hook_point_out")
+    if reads:
         return reads, None if replaces == reads else replaces
-    found = _named(path) or _told(hook, affine)
-    if not found:
-        raise unplaced(path)
-    return found
+    return _named(path) or _told(hook, affine)
+
+# %% ../nbs/18_gemma_scope.ipynb #ffdffb30
+def _by_repository(path: Path) -> str | None:
+    "The model that the name of a repository says, without its owner."
+    if found := in_path(path, r".*gemma-scope-2-(\w+-(?:pt|it)).*"):
+        return f"gemma-3-{found[1]}"
+    found = in_path(path, r".*gemma-scope-(\d+b)-(pt|it)-.*")
+    return found and f"gemma-2-{found[1]}-{found[2]}".removesuffix("-pt")
 
 # %% ../nbs/18_gemma_scope.ipynb #3b7f2911
 def _model(path: Path, config: dict) -> str | None:
     "The model that a Gemma Scope file is of, as far as it can be told."
-    if name := config.get("model_name"):
-        name = name.removeprefix("google/").replace("gemma-v3", "gemma-3")
-    elif found := in_path(path, r".*gemma-scope-2-(\w+-(?:pt|it)).*"):
-        name = f"gemma-3-{found[1]}"
-    elif found := in_path(path, r".*gemma-scope-(\d+b)-(pt|it)-.*"):
-        name = f"gemma-2-{found[1]}" + ("-it" if found[2] == "it" else "")
-    return name and f"google/{name.replace('270m-pt', '270m')}"
+    name = config.get("model_name") or _by_repository(path)
+    if not name:
+        return None
+    name = name.removeprefix("google/").replace("gemma-v3", "gemma-3")
+    return f"google/{name.replace('270m-pt', '270m')}"
+
+# %% ../nbs/18_gemma_scope.ipynb #99fc8ede
+_LAYOUT = layout_of(SAELENS_NAMES, "dn", "no") | {"threshold": ("threshold", "n")}
+_AFFINE = {"affine_skip_connection": ("W_skip", "do")}
 
 # %% ../nbs/18_gemma_scope.ipynb #1f4c4abc
-def _layout(found: dict, path: Path, config: dict, transcodes: bool) -> dict:
-    "The layout of a Gemma Scope file."
-    for name in ("affine_skip_connection", "W_skip"):
-        if name in found and not transcodes:
-            told = f"it has {name}, so it is a transcoder, but its path or config is an SAE's"
-            raise mistake(path, told, "keep its folders and config.json as they are on the hub")
+def _layout(found: dict, config: dict) -> dict:
+    "The layout of a Gemma Scope file, with a skip connection where it has or should have one."
     affine = config.get("affine_connection")
     if affine is None:
         affine = "affine_skip_connection" in found
     return _LAYOUT | (_AFFINE if affine else {})
+
+# %% ../nbs/18_gemma_scope.ipynb #b748064a
+def _kind(state: dict, about: dict) -> str:
+    "The architecture, from the weights and the metadata."
+    if "hook_name_out" not in about:
+        return "jumprelu"
+    return "jumprelu_skip_transcoder" if "W_skip" in state else "jumprelu_transcoder"
 
 # %% ../nbs/18_gemma_scope.ipynb #049d0b8e
 def gemma_scope(path: Path, hook=None):
@@ -153,10 +151,11 @@ def gemma_scope(path: Path, hook=None):
     _refuse_others(found, path)
     config = _config(path)
     reads, replaces = _place(path, config, "affine_skip_connection" in found, hook)
-    state = arranged(found, _layout(found, path, config, replaces is not None), path)
     l0 = in_path(path, r"average_l0_(\d+)")
-    about = dict(model_name=_model(path, config), expected_l0=l0 and int(l0[1]))
-    kind = "jumprelu"
-    if replaces:
-        kind = "jumprelu_skip_transcoder" if "W_skip" in state else "jumprelu_transcoder"
-    return built(kind, state, placed(path, reads, replaces, hook, **about), path)
+    more = dict(model_name=_model(path, config), expected_l0=l0 and int(l0[1]))
+    about = placed(path, reads, replaces, hook, **more)
+    if not replaces:
+        mend = "keep its folders and config.json as they are on the hub"
+        no_skip(found, path, "but its path or config is an SAE's", mend)
+    state = arranged(found, _layout(found, config), path)
+    return built(_kind(state, about), state, about, path)

@@ -19,6 +19,13 @@ from sae_lens.saes.transcoder import (
 )
 from torch import Tensor, nn
 
+# %% ../nbs/16_kinds.ipynb #51911e61
+def _largest_of_groups(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    "Values and indices `(…, k)` of the largest of each of `k` groups of neighbours."
+    values, indices = x.unflatten(-1, (k, -1)).max(-1)
+    first = torch.arange(k, device=x.device) * (x.shape[-1] // k)
+    return values, indices + first
+
 # %% ../nbs/16_kinds.ipynb #185df18d
 class Largest(nn.Module):
     """The `k` largest of the latents `(…, n)`; with `groups` the largest of each of `k` groups.
@@ -34,9 +41,7 @@ class Largest(nn.Module):
     def pick(self, x: Tensor) -> tuple[Tensor, Tensor]:
         "Values and indices, `(…, k)`, of the latents that are kept."
         if self.groups:
-            values, indices = x.unflatten(-1, (self.k, -1)).max(-1)
-            first = torch.arange(self.k, device=x.device) * (x.shape[-1] // self.k)
-            indices = indices + first
+            values, indices = _largest_of_groups(x, self.k)
         else:
             values, indices = x.topk(self.k, dim=-1, sorted=False)
         return values.relu() if self.relu else values, indices
@@ -45,7 +50,7 @@ class Largest(nn.Module):
         values, indices = self.pick(x)
         return torch.zeros_like(x).scatter(-1, indices, values)
 
-# %% ../nbs/16_kinds.ipynb #2d640613
+# %% ../nbs/16_kinds.ipynb #0d3e90ab
 @dataclass
 class GroupMaxSAEConfig(TopKSAEConfig):
     "The configuration of an SAE whose latents stand in `k` groups."
@@ -54,14 +59,14 @@ class GroupMaxSAEConfig(TopKSAEConfig):
     def architecture(cls) -> str:
         return "groupmax"
 
-
+# %% ../nbs/16_kinds.ipynb #2d640613
 class GroupMaxSAE(TopKSAE):
     "An SAE whose latents stand in `k` groups, of which each keeps its largest."
 
     def get_activation_fn(self) -> Largest:
         return Largest(self.cfg.k, groups=True)
 
-# %% ../nbs/16_kinds.ipynb #0a135034
+# %% ../nbs/16_kinds.ipynb #e788b8e8
 @dataclass
 class TopKTranscoderConfig(TranscoderConfig):
     "The configuration of a transcoder that keeps the `k` largest latents, or one of `k` groups."
@@ -75,14 +80,14 @@ class TopKTranscoderConfig(TranscoderConfig):
     def architecture(cls) -> str:
         return "topk_transcoder"
 
-
+# %% ../nbs/16_kinds.ipynb #0a135034
 class TopKTranscoder(Transcoder):
     "A transcoder that keeps the `k` largest of its latents, or the largest of each of `k` groups."
 
     def get_activation_fn(self) -> Largest:
         return Largest(self.cfg.k, self.cfg.groups, self.cfg.relu)
 
-# %% ../nbs/16_kinds.ipynb #d54f90bb
+# %% ../nbs/16_kinds.ipynb #97c59a23
 @dataclass
 class TopKSkipTranscoderConfig(TopKTranscoderConfig):
     "The configuration of a `TopKTranscoder` with a skip connection."
@@ -91,7 +96,7 @@ class TopKSkipTranscoderConfig(TopKTranscoderConfig):
     def architecture(cls) -> str:
         return "topk_skip_transcoder"
 
-
+# %% ../nbs/16_kinds.ipynb #d54f90bb
 class TopKSkipTranscoder(TopKTranscoder, SkipTranscoder):
     "A `TopKTranscoder` whose input also reaches its output through the matrix `W_skip`."
 

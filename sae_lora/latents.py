@@ -130,12 +130,8 @@ def decoder(sae) -> Tensor:
 def _final_norm(lm) -> nn.Module | None:
     "The norm before the head: the last module beside the blocks with a vector of weights."
     beside = [m for m in stack(lm).children() if m is not decoder_blocks(lm)]
-    norms = [
-        m
-        for m in beside
-        if not isinstance(m, nn.Embedding) and getattr(m, "weight", None) is not None
-    ]
-    return next((m for m in reversed(norms) if m.weight.dim() == 1), None)
+    norms = [m for m in beside if getattr(getattr(m, "weight", None), "ndim", 0) == 1]
+    return norms[-1] if norms else None
 
 # %% ../nbs/44_latents.ipynb #933f8c35
 def _final_gain(lm, width: int, device) -> Tensor:
@@ -156,6 +152,14 @@ def _into_stream(lm, sae, rows: Tensor) -> Tensor:
     own = rows.to(linear.weight)
     return (linear(own) - linear(torch.zeros_like(own))).float()
 
+# %% ../nbs/44_latents.ipynb #bf3d77cb
+def _both_ends(tok, z: Tensor, n: int) -> dict[str, list[str]]:
+    "The `n` tokens with the largest and the smallest of the logits `z` `(vocabulary,)`."
+    return dict(
+        promotes=tok.batch_decode(z.topk(n).indices[:, None]),
+        suppresses=tok.batch_decode((-z).topk(n).indices[:, None]),
+    )
+
 # %% ../nbs/44_latents.ipynb #a69d83cc
 @torch.no_grad()
 def promotes(lm, tok, sae, latents: list[int], n: int = 8) -> list[dict[str, list[str]]]:
@@ -166,10 +170,4 @@ def promotes(lm, tok, sae, latents: list[int], n: int = 8) -> list[dict[str, lis
     rows = _into_stream(lm, sae, decoder(sae)[latents].float().to(W.device))
     z = W @ (rows * _final_gain(lm, rows.shape[-1], W.device)).T
     z = z - z.mean(0)
-    return [
-        dict(
-            promotes=tok.batch_decode(one.topk(n).indices[:, None]),
-            suppresses=tok.batch_decode((-one).topk(n).indices[:, None]),
-        )
-        for one in z.T
-    ]
+    return [_both_ends(tok, one, n) for one in z.T]

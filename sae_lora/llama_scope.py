@@ -15,7 +15,16 @@ from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from .checked import Count, Finite, conforming, mistake, read_json, read_tensors
-from .containers import MEND, arranged, built, decoder_norms, norms_in_encoder, placed
+from sae_lora.containers import (
+    LINEAR_NAMES,
+    MEND,
+    arranged,
+    built,
+    decoder_norms,
+    layout_of,
+    norms_in_encoder,
+    placed,
+)
 
 # %% ../nbs/19_llama_scope.ipynb #2645a6aa
 def _on_plain_states(state: dict[str, Tensor], s_in: float, s_out: float) -> dict[str, Tensor]:
@@ -26,44 +35,37 @@ def _on_plain_states(state: dict[str, Tensor], s_in: float, s_out: float) -> dic
         "b_dec": state["b_dec"] / s_out,
     }
 
-# %% ../nbs/19_llama_scope.ipynb #62bf4eaa
-_Norms = TypedDict("_Norms", {"in": Finite, "out": Finite})
-_Old = TypedDict(
-    "_Old",
-    {
-        "hook_point_in": str,
-        "hook_point_out": str,
-        "d_model": Count,
-        "d_sae": Count,
-        "act_fn": Literal["jumprelu"],
-        "jump_relu_threshold": Finite,
-        "norm_activation": Literal["dataset-wise"],
-        "dataset_average_activation_norm": _Norms,
-        "sparsity_include_decoder_norm": bool,
-        "use_decoder_bias": NotRequired[bool],
-        "apply_decoder_bias_to_pre_encoder": NotRequired[bool],
-        "top_k": NotRequired[Count | None],
-    },
-)
+# %% ../nbs/19_llama_scope.ipynb #d75bc10a
+class _Shared(TypedDict):
+    "What the configurations of both generations say."
 
-# %% ../nbs/19_llama_scope.ipynb #8ea21650
-_LAYOUT = {
-    "encoder.weight": ("W_enc", "nd"),
-    "encoder.bias": ("b_enc", "n"),
-    "decoder.weight": ("W_dec", "on"),
-    "decoder.bias": ("b_dec", "o"),
+    hook_point_in: str
+    hook_point_out: str
+    d_model: Count
+    sparsity_include_decoder_norm: bool
+    use_decoder_bias: NotRequired[bool]
+
+# %% ../nbs/19_llama_scope.ipynb #af37fbb8
+_KINDS = {
+    "relu": ("standard", "transcoder"),
+    "topk": ("topk", "topk_transcoder"),
+    "jumprelu": ("jumprelu", "jumprelu_transcoder"),
 }
 
+# %% ../nbs/19_llama_scope.ipynb #2eb04447
+def _kind(about: dict) -> tuple[str, str | None]:
+    "The architecture, and what is replaced where that is another place than the one that is read."
+    kind, transcoder = _KINDS[about["act_fn"]]
+    replaces = about["hook_point_out"]
+    return (kind, None) if replaces == about["hook_point_in"] else (transcoder, replaces)
 
-def _with_bias(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    "The weights, with a decoder bias of zero where the file has none."
+# %% ../nbs/19_llama_scope.ipynb #e5f06218
+def _weights(found: dict, layout: dict, about: dict, path: Path) -> dict[str, Tensor]:
+    "The weights that were `found` in a file; with a decoder bias, though it may have none."
+    if not about.get("use_decoder_bias", True):
+        layout = {name: at for name, at in layout.items() if at[0] != "b_dec"}
+    state = arranged(found, layout, path)
     return {"b_dec": torch.zeros(state["W_dec"].shape[1])} | state
-
-
-def _read(path: Path, layout: dict, bias: bool) -> dict[str, Tensor]:
-    "The weights of a file; without `bias` it has no decoder bias."
-    layout = {name: at for name, at in layout.items() if bias or at[0] != "b_dec"}
-    return _with_bias(arranged(read_tensors(path, mend=MEND), layout, path))
 
 # %% ../nbs/19_llama_scope.ipynb #c6a757cd
 def _check_width(state: dict[str, Tensor], d_sae: int, path: Path):
@@ -79,53 +81,77 @@ def _threshold(state: dict[str, Tensor], gate, by_norm: bool) -> Tensor:
     return gates / decoder_norms(state) if by_norm else gates.clone()
 
 # %% ../nbs/19_llama_scope.ipynb #ffa9d570
-def _kind(kind: str, reads: str, replaces: str) -> tuple[str, str | None]:
-    "The architecture, and what is replaced where that is another place than the one that is read."
-    return (kind, None) if reads == replaces else (f"{kind}_transcoder", replaces)
-
-
 def _scales(norms: dict, d_model: int) -> tuple[float, float]:
     "The factors that states were scaled by, from their mean norms `in` and `out`."
     return math.sqrt(d_model) / norms["in"], math.sqrt(d_model) / norms["out"]
 
+# %% ../nbs/19_llama_scope.ipynb #bc900329
+_Norms = TypedDict("_Norms", {"in": Finite, "out": Finite})
+
+# %% ../nbs/19_llama_scope.ipynb #d3cb70da
+class _Old(_Shared):
+    "What `hyperparams.json` says."
+
+    d_sae: Count
+    act_fn: Literal["jumprelu"]
+    jump_relu_threshold: Finite
+    norm_activation: Literal["dataset-wise"]
+    dataset_average_activation_norm: _Norms
+    apply_decoder_bias_to_pre_encoder: NotRequired[bool]
+    top_k: NotRequired[Count | None]
+
+# %% ../nbs/19_llama_scope.ipynb #4d54a3da
+def _jumprelu(state: dict[str, Tensor], about: dict) -> dict[str, Tensor]:
+    "The weights of Llama Scope for plain states, with each latent's threshold."
+    norms, gate = about["dataset_average_activation_norm"], about["jump_relu_threshold"]
+    state = _on_plain_states(state, *_scales(norms, about["d_model"]))
+    by_norm = about["sparsity_include_decoder_norm"]
+    return state | {"threshold": _threshold(state, gate, by_norm)}
+
 # %% ../nbs/19_llama_scope.ipynb #a31febda
+_LAYOUT = layout_of(LINEAR_NAMES, "nd", "on")
+
+
 def llama_scope(folder: Path, hook=None):
     "An SAE or transcoder of Llama Scope from its folder; JumpReLU."
     path = folder / "hyperparams.json"
-    about = read_json(path, _Old, MEND)
     weights = folder / "checkpoints" / "final.safetensors"
-    state = _read(weights, _LAYOUT, about.get("use_decoder_bias", True))
+    about = read_json(path, _Old, MEND)
+    state = _weights(read_tensors(weights, mend=MEND), _LAYOUT, about, weights)
     _check_width(state, about["d_sae"], path)
-    scales = _scales(about["dataset_average_activation_norm"], about["d_model"])
-    state = _on_plain_states(state, *scales)
-    by_norm = about["sparsity_include_decoder_norm"]
-    state["threshold"] = _threshold(state, about["jump_relu_threshold"], by_norm)
-    kind, replaces = _kind("jumprelu", about["hook_point_in"], about["hook_point_out"])
+    kind, replaces = _kind(about)
     more = dict(model_name="meta-llama/Llama-3.1-8B", expected_l0=about.get("top_k"))
     place = placed(path, about["hook_point_in"], replaces, hook, **more)
     before = about.get("apply_decoder_bias_to_pre_encoder", False)
-    return built(kind, state, place, weights, apply_b_dec_to_input=before)
+    return built(kind, _jumprelu(state, about), place, weights, apply_b_dec_to_input=before)
 
 # %% ../nbs/19_llama_scope.ipynb #e4c4a301
-_New = TypedDict(
-    "_New",
-    {
-        "sae_type": NotRequired[str],
-        "hook_point_in": str,
-        "hook_point_out": str,
-        "d_model": Count,
-        "expansion_factor": float | int,
-        "act_fn": str,
-        "top_k": NotRequired[Count],
-        "norm_activation": str,
-        "sparsity_include_decoder_norm": bool,
-        "use_decoder_bias": NotRequired[bool],
-        "use_glu_encoder": NotRequired[bool],
-    },
-)
-_TopK = TypedDict("_TopK", {"top_k": Count})
+class _New(_Shared):
+    "What a `config.json` of llamascopium says."
+
+    sae_type: NotRequired[str]
+    expansion_factor: float | int
+    act_fn: str
+    top_k: NotRequired[Count]
+    norm_activation: str
+    use_glu_encoder: NotRequired[bool]
+
+# %% ../nbs/19_llama_scope.ipynb #4585657e
 _NORMS = ("dataset-wise", "inference")
-_ACTIVATIONS = ("relu", "topk", "jumprelu")
+
+# %% ../nbs/19_llama_scope.ipynb #867759a1
+def _check_rules(about: dict, path: Path):
+    "Raise `UsageError` for a way of scaling and for an activation that is not known."
+    for key, known in (("norm_activation", _NORMS), ("act_fn", _KINDS)):
+        if about[key] not in known:
+            told = f"{key} is {about[key][:40]!r}, which is not known"
+            raise mistake(path, told, f"give one with {', '.join(known)}")
+
+# %% ../nbs/19_llama_scope.ipynb #e81c7275
+class _TopK(TypedDict):
+    "What a TopK SAE's configuration must say."
+
+    top_k: Count
 
 # %% ../nbs/19_llama_scope.ipynb #559796c3
 def _config(path: Path) -> dict:
@@ -136,50 +162,33 @@ def _config(path: Path) -> dict:
         raise mistake(path, f"a dictionary of the type {about['sae_type'][:40]!r}", mend)
     if about.get("use_glu_encoder"):
         raise mistake(path, "its encoder has a gate (use_glu_encoder)", mend)
-    if about["norm_activation"] not in _NORMS:
-        told = f"norm_activation is {about['norm_activation'][:40]!r}, which is not folded"
-        raise mistake(path, told, f"give one with {' or '.join(_NORMS)}")
-    if about["act_fn"] not in _ACTIVATIONS:
-        told = f"act_fn is {about['act_fn'][:40]!r}"
-        raise mistake(path, told, f"give one with {', '.join(_ACTIVATIONS)}")
-    if about["act_fn"] == "topk":
-        conforming(about, _TopK, path, MEND)
-    return about
+    _check_rules(about, path)
+    return conforming(about, _TopK, path, MEND) if about["act_fn"] == "topk" else about
+
+# %% ../nbs/19_llama_scope.ipynb #6d0bd9f2
+_NEW_LAYOUT = layout_of(("W_E", "b_E", "W_D", "b_D"), "dn", "no")
+_GATES = ("log_jumprelu_threshold", "activation_function.log_jumprelu_threshold")
 
 # %% ../nbs/19_llama_scope.ipynb #317f39d4
-_NEW_LAYOUT = {
-    "W_E": ("W_enc", "dn"),
-    "b_E": ("b_enc", "n"),
-    "W_D": ("W_dec", "no"),
-    "b_D": ("b_dec", "o"),
-}
-_GATE = {"activation_function.log_jumprelu_threshold": ("threshold", "n")}
-_OLD_GATE = {"log_jumprelu_threshold": ("threshold", "n")}
-_NORM = "dataset_average_activation_norm."
-
-
 def _new_layout(found: dict, about: dict) -> dict:
     "The layout of a file that llamascopium wrote, or the library that it was before."
     old = "encoder.weight" in found
-    layout = _LAYOUT if old else _NEW_LAYOUT
-    if about["act_fn"] == "jumprelu":
-        layout = layout | (_OLD_GATE if old else _GATE)
-    bias = about.get("use_decoder_bias", True)
-    return {name: at for name, at in layout.items() if bias or at[0] != "b_dec"}
+    layout, gate = (_LAYOUT, _GATES[0]) if old else (_NEW_LAYOUT, _GATES[1])
+    return layout | ({gate: ("threshold", "n")} if about["act_fn"] == "jumprelu" else {})
 
 # %% ../nbs/19_llama_scope.ipynb #8a78abb9
-def _split(found: dict[str, Tensor], about: dict) -> tuple[dict, dict | None]:
-    "The weights of a file, and the mean norms `in` and `out` that are still to be folded."
-    weights = {name: x for name, x in found.items() if not name.startswith(_NORM)}
+_NORM = "dataset_average_activation_norm."
+
+
+def _mean_norms(found: dict[str, Tensor], about: dict) -> dict | None:
+    "The mean norms `in` and `out` that are to be folded; `None` where the file lacks one."
     if about["norm_activation"] == "inference":
-        return weights, {"in": math.sqrt(about["d_model"]), "out": math.sqrt(about["d_model"])}
+        return dict.fromkeys(("in", "out"), math.sqrt(about["d_model"]))  # a scale of one
     norms = {}
     for side in ("in", "out"):
         x = found.get(_NORM + about[f"hook_point_{side}"])
-        if x is None or x.numel() != 1 or float(x) <= 0:
-            return weights, None
-        norms[side] = float(x)
-    return weights, norms
+        norms[side] = float(x) if x is not None and x.numel() == 1 else 0
+    return norms if min(norms.values()) > 0 else None
 
 # %% ../nbs/19_llama_scope.ipynb #0dba6fcd
 def _gated(state: dict[str, Tensor], about: dict) -> dict[str, Tensor]:
@@ -189,26 +198,29 @@ def _gated(state: dict[str, Tensor], about: dict) -> dict[str, Tensor]:
         return state | {"threshold": _threshold(state, state["threshold"].exp(), by_norm)}
     return norms_in_encoder(state) if by_norm and about["act_fn"] == "topk" else state
 
+# %% ../nbs/19_llama_scope.ipynb #0a49c661
+def _check_scale(norms: dict | None, about: dict, path: Path):
+    "Raise `UsageError` for a transcoder whose two scales are not known."
+    if norms is None and about["hook_point_in"] != about["hook_point_out"]:
+        told = "a transcoder of scaled activations, whose two mean norms are not in the file"
+        raise mistake(path, told, "give one that was saved for inference")
+
 # %% ../nbs/19_llama_scope.ipynb #a1d75584
-def _scaled_back(state: dict, norms: dict | None, about: dict, path: Path) -> dict:
+def _scaled_back(state: dict, norms: dict | None, about: dict) -> dict:
     "The weights for plain states; for those that are scaled still, where the norms are not known."
     if norms is None:
-        if about["hook_point_in"] != about["hook_point_out"]:
-            told = "a transcoder of scaled activations, whose two mean norms are not in the file"
-            raise mistake(path, told, "give one that was saved for inference")
         return state
     s_in, s_out = _scales(norms, about["d_model"])
     state = _on_plain_states(state, s_in, s_out)
     return state | ({"threshold": state["threshold"] / s_in} if "threshold" in state else {})
 
 # %% ../nbs/19_llama_scope.ipynb #0317f033
-_KINDS = {"relu": "standard", "topk": "topk", "jumprelu": "jumprelu"}
-
-
-def _new_kind(about: dict) -> tuple[str, str | None]:
-    "The architecture that a configuration of llamascopium means, and what is replaced."
-    kind, replaces = _kind(_KINDS[about["act_fn"]], about["hook_point_in"], about["hook_point_out"])
-    return ("transcoder" if kind == "standard_transcoder" else kind), replaces
+def _options(about: dict, norms: dict | None) -> dict:
+    "What SAELens is told of the activation, and of a scale that is to be folded later."
+    options = {"k": about["top_k"]} if about["act_fn"] == "topk" else {}
+    if norms is None:
+        options["normalize_activations"] = "expected_average_only_in"
+    return options
 
 # %% ../nbs/19_llama_scope.ipynb #9cd5d18c
 def llamascopium(folder: Path, hook=None):
@@ -216,15 +228,14 @@ def llamascopium(folder: Path, hook=None):
 
     One whose scale is not in the file has `normalize_activations="expected_average_only_in"`."""
     path, weights = folder / "config.json", folder / "sae_weights.safetensors"
-    about = _config(path)
-    found, norms = _split(read_tensors(weights, mend=MEND), about)
-    state = _with_bias(arranged(found, _new_layout(found, about), weights))
+    about, found = _config(path), read_tensors(weights, mend=MEND)
+    norms = _mean_norms(found, about)
+    found = {name: x for name, x in found.items() if not name.startswith(_NORM)}
+    state = _weights(found, _new_layout(found, about), about, weights)
     _check_width(state, int(about["d_model"] * about["expansion_factor"]), path)
-    state = _scaled_back(_gated(state, about), norms, about, path)
-    kind, replaces = _new_kind(about)
-    k = about.get("top_k") if about["act_fn"] == "topk" else None
-    options = {"k": k} if k else {}
-    if norms is None:
-        options["normalize_activations"] = "expected_average_only_in"
-    place = placed(path, about["hook_point_in"], replaces, hook, expected_l0=k)
+    _check_scale(norms, about, path)
+    kind, replaces = _kind(about)
+    options = _options(about, norms)
+    place = placed(path, about["hook_point_in"], replaces, hook, expected_l0=options.get("k"))
+    state = _scaled_back(_gated(state, about), norms, about)
     return built(kind, state, place, weights, **options)

@@ -177,10 +177,14 @@ class Head(NamedTuple):
         z = z if self.scale == 1 else z * self.scale
         return self.softcap * torch.tanh(z / self.softcap) if self.softcap else z
 
+    def to(self, dtype: torch.dtype) -> "Head":
+        "The same head in that dtype; a copy, unless it is in it already."
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return self._replace(weight=self.weight.to(dtype), bias=bias)
+
     def float(self) -> "Head":
-        "The same head in float32, for evaluation; a copy, unless it is in float32 already."
-        bias = None if self.bias is None else self.bias.float()
-        return self._replace(weight=self.weight.float(), bias=bias)
+        "The same head in float32, for evaluation."
+        return self.to(torch.float32)
 
 # %% ../nbs/12_lm.ipynb #c616b07d
 def _described(lm) -> Head:

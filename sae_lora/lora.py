@@ -40,7 +40,7 @@ def _meant(layers, first: int, n: int) -> list[int]:
         raise UsageError(f'layers={layers!r}; give "after", "all", or a list of layers')
     return sorted({int(i) for i in layers})
 
-# %% ../nbs/28_lora.ipynb #5ae1ba03
+# %% ../nbs/28_lora.ipynb #7a8bbad2
 def _check_reach(chosen: list[int], first: int, saes: dict, n: int):
     "Raise `UsageError` where the `chosen` layers are all before `first`, hence before the SAEs."
     if not chosen or max(chosen) < first:
@@ -49,22 +49,26 @@ def _check_reach(chosen: list[int], first: int, saes: dict, n: int):
             f"adapters must reach beyond it, to {n - 1} at most"
         )
 
+# %% ../nbs/28_lora.ipynb #5ae1ba03
+def _check_exist(lm, chosen: list[int], n: int):
+    "Raise `UsageError` where a layer that was `chosen` is none of the model's `n`."
+    wrong = [i for i in chosen if not 0 <= i < n]
+    if wrong:
+        raise UsageError(
+            f"layer {wrong[0]} does not exist; {lm.name_or_path} has layers 0 to {n - 1}"
+        )
+
 # %% ../nbs/28_lora.ipynb #f1949eee
-def _chosen(lm, layers, saes: dict | None) -> list[int]:
+def _chosen(lm, layers, saes: dict) -> list[int]:
     "The layers to adapt: `after` the first SAE, `all`, or a list."
     if layers == "after" and not saes:
         raise UsageError(
             'layers="after" needs saes, to know after which layer; '
             'give saes, "all", or a list of layers'
         )
-    saes = check_saes(lm, saes) if saes else {}
     n, first = len(decoder_blocks(lm)), _first_block(lm, saes)
     chosen = _meant(layers, first, n)
-    wrong = [i for i in chosen if not 0 <= i < n]
-    if wrong:
-        raise UsageError(
-            f"layer {wrong[0]} does not exist; {lm.name_or_path} has layers 0 to {n - 1}"
-        )
+    _check_exist(lm, chosen, n)
     if saes:
         _check_reach(chosen, first, saes, n)
     return chosen
@@ -84,8 +88,8 @@ def targets_of(lm, layers, saes: dict | None = None, roles=("attention", "mlp"))
     """Full names of the linears that play `roles` in `layers`: `"after"` the SAEs, `"all"`, a list.
 
     Raises `UsageError` for layers that do not exist or are all before the SAEs."""
-    chosen = _chosen(lm, layers, saes)
     saes = check_saes(lm, saes) if saes else {}
+    chosen = _chosen(lm, layers, saes)
     found = [name for i in chosen for name in _linears_of(lm, i, layers, saes, roles)]
     if not found:
         raise UsageError(f"layers {chosen} have no linear that an adapter could go on; give others")
@@ -94,12 +98,9 @@ def targets_of(lm, layers, saes: dict | None = None, roles=("attention", "mlp"))
 # %% ../nbs/28_lora.ipynb #30437ed2
 def lora_parameters(lm, adapter: str | None = None) -> dict[str, nn.Parameter]:
     "The parameters of the adapter of that name, by default of all; empty where there is none."
-    own = f".{adapter}" if adapter is not None else ""
-    return {
-        name: p
-        for name, p in lm.named_parameters()
-        if "lora_" in name and own in name.split("lora_")[-1]
-    }
+    own = "" if adapter is None else f".{adapter}"
+    named = lm.named_parameters()
+    return {n: p for n, p in named if "lora_" in n and own in n.split("lora_")[-1]}
 
 # %% ../nbs/28_lora.ipynb #fb5aaaf7
 def lora_layers(lm) -> list[int]:
@@ -114,9 +115,7 @@ def lora_layers(lm) -> list[int]:
 def _check_rank(lm, rank: int):
     "Raise `UsageError` for a rank that is no whole number from 1 to the model's width."
     most = max(lm.config.get_text_config().hidden_size, 256)  # more than the width adds nothing
-    if rank < 1:
-        raise UsageError(f"rank {rank}; give 1 or more")
-    if rank > most or rank != int(rank):
+    if not 1 <= rank <= most or rank != int(rank):
         raise UsageError(f"rank {rank}; give 1 to {most}")
 
 # %% ../nbs/28_lora.ipynb #82dd2b22

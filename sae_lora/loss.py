@@ -91,12 +91,9 @@ def kl_rows(zp: Tensor, zq: Tensor, scale: float, softcap: float) -> tuple[Tenso
 
 # %% ../nbs/32_loss.ipynb #4832428d
 def _for_products(W: Head, x: Tensor) -> Head:
-    "The head in its dtype, or that of an autocast."
-    kind, dtype = x.device.type, W.weight.dtype
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-    bias = W.bias if W.bias is None else W.bias.to(dtype)
-    return W._replace(weight=W.weight.to(dtype), bias=bias)
+    "The head in its dtype, or in that of an autocast on the device of `x`."
+    kind = x.device.type
+    return W.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else W
 
 # %% ../nbs/32_loss.ipynb #79153920
 def _raw_logits(x: Tensor, W: Head) -> Tensor:

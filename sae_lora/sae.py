@@ -21,7 +21,7 @@ def fingerprint(sae) -> str:
     "Sixteen hexadecimal digits that name the SAE's weights, whatever file they came in."
     digest = hashlib.sha256()
     for name, value in sorted(sae.state_dict().items()):
-        digest.update(name.encode() + value.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(name.encode() + value.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
 # %% ../nbs/15_sae.ipynb #7e770863
@@ -80,13 +80,12 @@ def _decoded(sae, x: Tensor) -> Tensor:
     y = _rows_added(sae, x)
     if not transcodes(sae):
         return sae.run_time_activation_norm_fn_out(y)
-    skip = getattr(sae, "W_skip", None)
-    return y if skip is None else y + x.to(sae.dtype) @ skip.T
+    return y + x.to(sae.dtype) @ sae.W_skip.T if hasattr(sae, "W_skip") else y
 
-# %% ../nbs/15_sae.ipynb #b877f455
+# %% ../nbs/15_sae.ipynb #2e9882b0
 SPARSE = ("topk", "groupmax", "topk_transcoder", "topk_skip_transcoder")
 
-
+# %% ../nbs/15_sae.ipynb #b877f455
 def _sparse(sae) -> bool:
     "Whether the active latents are enough for the reconstruction."
     if not hasattr(sae, "W_dec") or sae.cfg.architecture() not in SPARSE or sae.use_error_term:

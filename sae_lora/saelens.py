@@ -23,40 +23,54 @@ from sae_lora.checked import (
     said,
     shapes_in,
 )
-from .containers import MEND, fold_mean, placed, shapes_of, spelled
+from sae_lora.containers import (
+    MEND,
+    check_active,
+    fold_mean,
+    no_skip,
+    placed,
+    sae_class,
+    shapes_of,
+    spelled,
+)
 from .files import UsageError
 from .hub import asking, why
 from .llama_scope import llama_scope, llamascopium
 from .sites import hook_name, replaced_name, transcodes
 
 # %% ../nbs/24_saelens.ipynb #114f5077
-_Metadata = TypedDict("_Metadata", {"hook_name": str | None, "model_name": str | None}, total=False)
+class _Metadata(TypedDict, total=False):
+    "What the metadata may say that is used here."
+
+    hook_name: str | None
+    model_name: str | None
 
 # %% ../nbs/24_saelens.ipynb #392709b3
-_Cfg = TypedDict(
-    "_Cfg",
-    {
-        "d_in": Count,
-        "d_sae": Count,
-        "d_out": NotRequired[Count],
-        "architecture": NotRequired[str],
-        "dtype": NotRequired[str],
-        "metadata": NotRequired[_Metadata],
-        "activation_fn_kwargs": NotRequired[dict | None],
-        "apply_b_dec_to_input": NotRequired[bool],
-        "rescale_acts_by_decoder_norm": NotRequired[bool],
-        "reshape_activations": NotRequired[str],
-    },
-)
-_Active = TypedDict("_Active", {"k": Count})
+class _Cfg(TypedDict):
+    "What the configuration of an SAE says."
+
+    d_in: Count
+    d_sae: Count
+    d_out: NotRequired[Count]
+    architecture: NotRequired[str]
+    dtype: NotRequired[str]
+    metadata: NotRequired[_Metadata]
+    activation_fn_kwargs: NotRequired[dict | None]
+    apply_b_dec_to_input: NotRequired[bool]
+    rescale_acts_by_decoder_norm: NotRequired[bool]
+    reshape_activations: NotRequired[str]
+
+# %% ../nbs/24_saelens.ipynb #1aeb9ce7
+class _Active(TypedDict):
+    "What a TopK SAE's configuration must say."
+
+    k: Count
 
 # %% ../nbs/24_saelens.ipynb #a7cb684e
 def _check_k(cfg: dict, path: Path):
     "Raise `UsageError` unless a TopK SAE's configuration says how many are active."
     active = cfg if "k" in cfg else cfg.get("activation_fn_kwargs") or {}
-    k = conforming(active, _Active, path, MEND)["k"]
-    if k > cfg["d_sae"]:
-        raise mistake(path, f"k is {k}, of {cfg['d_sae']} latents", MEND)
+    check_active(conforming(active, _Active, path, MEND)["k"], cfg["d_sae"], path)
 
 # %% ../nbs/24_saelens.ipynb #1eb27bba
 _KEEPING = ("topk", "abstopk", "groupmax", "topk_transcoder", "topk_skip_transcoder")
@@ -76,21 +90,10 @@ def _config(path: Path) -> dict:
 def _empty(cfg: dict):
     "The SAE that SAELens makes for the configuration `cfg`, without weights."
     from sae_lens.loading.pretrained_sae_loaders import handle_config_defaulting
-    from sae_lens.registry import get_sae_class
-
-    from sae_lora import kinds  # noqa: F401  it registers the kinds that SAELens lacks
 
     cfg = handle_config_defaulting(cfg)
-    kind, configure = get_sae_class(cfg["architecture"])
+    kind, configure = sae_class(cfg["architecture"])
     return kind(configure.from_dict(cfg | {"device": "meta"}))
-
-# %% ../nbs/24_saelens.ipynb #c28d497d
-def _no_transcoder(found: dict, path: Path):
-    "Raise `UsageError` for the weights of a transcoder."
-    for name in ("W_skip", "w_skip", "affine_skip_connection"):
-        if name in found:
-            told = f"it has {name}, so it is a transcoder, and its cfg.json is an SAE's"
-            raise mistake(path, told, "give an SAE, or the transcoder's own cfg.json")
 
 # %% ../nbs/24_saelens.ipynb #ee418f50
 def _as_in_file(expected: dict, found: dict) -> dict:
@@ -101,17 +104,22 @@ def _as_in_file(expected: dict, found: dict) -> dict:
             expected[in_file] = expected.pop(in_object, None)
     return expected
 
+# %% ../nbs/24_saelens.ipynb #6bfa66ff
+def _check_tensors(empty, weights: Path):
+    "Raise `UsageError` unless a file of `weights` has what the SAE `empty` needs, and no more."
+    found = shapes_in(weights, MEND)
+    if not transcodes(empty):
+        mend = "give an SAE, or the transcoder's own cfg.json"
+        no_skip(found, weights, "and its cfg.json is an SAE's", mend)
+    check_shapes(found, _as_in_file(shapes_of(empty.state_dict()), found), weights, MEND)
+
 # %% ../nbs/24_saelens.ipynb #e050a96a
 def saelens(folder: Path, hook=None):
     "An SAE or transcoder from a folder in SAELens' format."
     from sae_lens import SAE
 
-    empty = _empty(_config(folder / "cfg.json"))
     weights = folder / "sae_weights.safetensors"
-    found = shapes_in(weights, MEND)
-    if not transcodes(empty):
-        _no_transcoder(found, weights)
-    check_shapes(found, _as_in_file(shapes_of(empty.state_dict()), found), weights, MEND)
+    _check_tensors(_empty(_config(folder / "cfg.json")), weights)
     sae = SAE.load_from_disk(folder).to(torch.float32)
     check_finite(sae.state_dict(), weights, MEND)
     moved(sae, hook, folder)
@@ -140,27 +148,32 @@ def _flat_heads(sae):
         sae.turn_off_forward_pass_hook_z_reshaping()
         sae.cfg.reshape_activations = "none"
 
+# %% ../nbs/24_saelens.ipynb #add746b2
+def _centred(about) -> bool:
+    "Whether metadata say that the stream was centred. Afterwards they don't say it any more."
+    trained = dict(about.get("model_from_pretrained_kwargs") or {})
+    if not trained.pop("center_writing_weights", False):
+        return False
+    about["model_from_pretrained_kwargs"] = trained
+    return True
+
 # %% ../nbs/24_saelens.ipynb #8f686026
 _LINEAR = ("standard", "topk", "jumprelu")
 
 
 def _fold_centring(sae, where):
     "Fold the mean over the width into an SAE that was trained on a centred stream."
-    about = sae.cfg.metadata
-    trained = about.get("model_from_pretrained_kwargs") or {}
-    if not trained.get("center_writing_weights"):
+    if not _centred(sae.cfg.metadata):
         return
-    kept = {name: x for name, x in trained.items() if name != "center_writing_weights"}
-    about["model_from_pretrained_kwargs"] = kept
-    scale = sae.cfg.normalize_activations
-    if "hook_z" in str(hook_name(sae)) or scale == "layer_norm":  # which takes the mean away itself
+    kind, scale = sae.cfg.architecture(), sae.cfg.normalize_activations
+    if "hook_z" in str(hook_name(sae)) or scale == "layer_norm":
         return
-    if sae.cfg.architecture() not in _LINEAR or scale == "constant_norm_rescale":
-        told = f"a centred stream with {sae.cfg.architecture()} and {scale} is not folded"
+    if kind not in _LINEAR or scale == "constant_norm_rescale":
+        told = f"a centred stream with {kind} and {scale} is not folded"
         raise mistake(where, told, "give another SAE")
     fold_mean(sae)
 
-# %% ../nbs/24_saelens.ipynb #f9b78ec7
+# %% ../nbs/24_saelens.ipynb #4582a279
 def _check_gate(sae, where):
     "Raise `UsageError` for a JumpReLU SAE all of whose thresholds are below 0."
     threshold = getattr(sae, "threshold", None)
@@ -168,7 +181,7 @@ def _check_gate(sae, where):
         told = "its thresholds are below 0: every positive latent would be active"
         raise mistake(where, told, "give one that was trained for longer")
 
-
+# %% ../nbs/24_saelens.ipynb #f9b78ec7
 def for_hugging_face(sae, where):
     "Set right in `sae` what differs between SAELens' models and those of Hugging Face."
     if getattr(getattr(sae, "cfg", None), "metadata", None) is None:
@@ -191,12 +204,6 @@ def _no_pickles():
         yield
 
 # %% ../nbs/24_saelens.ipynb #bda83cc0
-_OURS = {
-    "llama_scope": (llama_scope, "hyperparams.json", "checkpoints/final.safetensors"),
-    "llama_scope_r1_distill": (llamascopium, "config.json", "sae_weights.safetensors"),
-}
-
-
 def _conversion(release: str, sae_id: str) -> str | None:
     "The name of the reader that the registry has for an SAE that it knows."
     from sae_lens.loading.pretrained_saes_directory import get_pretrained_saes_directory
@@ -204,18 +211,30 @@ def _conversion(release: str, sae_id: str) -> str | None:
     known = get_pretrained_saes_directory().get(release)
     return known.conversion_func if known and sae_id in known.saes_map else None
 
+# %% ../nbs/24_saelens.ipynb #390c2d4a
+_OURS = {
+    "llama_scope": (llama_scope, "hyperparams.json", "checkpoints/final.safetensors"),
+    "llama_scope_r1_distill": (llamascopium, "config.json", "sae_weights.safetensors"),
+}
+
+# %% ../nbs/24_saelens.ipynb #b02aa7b1
+def _downloaded(release: str, sae_id: str, *files: str) -> Path:
+    "The folder of some files of an SAE of the registry, in the hub's cache, where they now are."
+    from huggingface_hub import hf_hub_download
+    from sae_lens.loading.pretrained_saes_directory import get_repo_id_and_folder_name
+
+    repo, folder = get_repo_id_and_folder_name(release, sae_id)
+    paths = [hf_hub_download(repo, f"{folder}/{file}") for file in files]
+    return Path(paths[0]).parent
+
 # %% ../nbs/24_saelens.ipynb #20f02174
 def _own_reader(conversion: str, release: str, sae_id: str):
     "An SAE of the registry, by our own reader for its format."
-    from huggingface_hub import hf_hub_download
-    from sae_lens.loading import pretrained_saes_directory as directory
+    from sae_lens.loading.pretrained_saes_directory import get_norm_scaling_factor
 
-    reader, config, weights = _OURS[conversion]
-    repo, folder = directory.get_repo_id_and_folder_name(release, sae_id)
-    path = Path(hf_hub_download(repo, f"{folder}/{config}"))
-    hf_hub_download(repo, f"{folder}/{weights}")
-    sae = reader(path.parent)
-    scale = directory.get_norm_scaling_factor(release, sae_id)
+    reader, *files = _OURS[conversion]
+    sae = reader(_downloaded(release, sae_id, *files))
+    scale = get_norm_scaling_factor(release, sae_id)
     if scale and sae.cfg.normalize_activations == "expected_average_only_in":
         sae.fold_activation_norm_scaling_factor(scale)
     return sae
@@ -235,21 +254,28 @@ def _fetched(release: str, sae_id: str):
         loaded = SAE.from_pretrained(release, sae_id)
     return loaded[0] if isinstance(loaded, tuple) else loaded
 
-# %% ../nbs/24_saelens.ipynb #db366264
-def from_registry(spec: str, hook=None):
-    "An SAE of the SAELens registry, `release:id`."
+# %% ../nbs/24_saelens.ipynb #1e772fc9
+_GIVE = "give default, a folder, or release:id of the SAELens registry"
+
+
+def _named(spec: str):
+    "The SAE of the registry that `spec` names, `release:id`. Raises `UsageError` if none is had."
     release, colon, sae_id = spec.partition(":")
-    mend = "give default, a folder, or release:id of the SAELens registry"
     if not colon:
-        raise mistake(f"SAE {spec[-99:]!r}", "no such folder", mend)
+        raise mistake(f"SAE {spec[-99:]!r}", "no such folder", _GIVE)
     try:
-        sae = _fetched(release, sae_id)
+        return _fetched(release, sae_id)
     except UsageError:
         raise
     except Exception as e:
         told = said(e, 130) if isinstance(e, ValueError) else why(e)
-        raise mistake(f"SAE {spec[-99:]!r}", f"could not be loaded ({told})", mend) from None
+        raise mistake(f"SAE {spec[-99:]!r}", f"could not be loaded ({told})", _GIVE) from None
+
+# %% ../nbs/24_saelens.ipynb #db366264
+def from_registry(spec: str, hook=None):
+    "An SAE of the SAELens registry, `release:id`."
+    sae = _named(spec)
     if hook_name(sae) == "hook_embed":
-        raise mistake(f"SAE {spec[-99:]!r}", "an SAE of token embeddings, at no block", mend)
+        raise mistake(f"SAE {spec[-99:]!r}", "an SAE of token embeddings, at no block", _GIVE)
     moved(sae, hook, spec)
     return sae

@@ -172,12 +172,12 @@ def for_json(by_site: dict) -> dict:
     plain = all(isinstance(site, int) for site in by_site)
     return {site if plain else hook_point(site): value for site, value in by_site.items()}
 
-# %% ../nbs/11_sites.ipynb #ba480326
+# %% ../nbs/11_sites.ipynb #989d43a7
 def layer_before(site) -> int:
     "The last layer whose hidden state is the same whatever is spliced at `site`."
     return site.layer - 1 if isinstance(site, Site) else site
 
-
+# %% ../nbs/11_sites.ipynb #ba480326
 def block_of(site) -> int:
     "The number of the decoder block that a site is in; 0 for the input of block 0."
     return site.layer if isinstance(site, Site) else max(site, 0)

@@ -14,69 +14,64 @@ from typing_extensions import NotRequired, TypedDict
 
 from .checked import Count, mistake, read_json, read_tensors
 from sae_lora.containers import (
+    LINEAR_NAMES,
     MEND,
     arranged,
     built,
+    config_near,
+    layout_of,
     placed,
     spelled,
-    unplaced,
 )
 from .files import UsageError
 from .sites import point_of
 
 # %% ../nbs/20_sparsify.ipynb #c8c8df44
-_SPARSIFY = {
-    "encoder.weight": ("W_enc", "nd"),
-    "encoder.bias": ("b_enc", "n"),
-    "W_dec": ("W_dec", "no"),
-    "b_dec": ("b_dec", "o"),
-}
-_SKIP = {"W_skip": ("W_skip", "od")}
-_Sparsify = TypedDict(
-    "_Sparsify",
-    {
-        "d_in": Count,
-        "k": Count,
-        "activation": NotRequired[Literal["topk", "groupmax"]],
-        "expansion_factor": NotRequired[Count],
-        "num_latents": NotRequired[Annotated[int, Ge(0)]],
-        "multi_topk": NotRequired[bool],
-        "normalize_decoder": NotRequired[bool],
-        "transcode": NotRequired[bool],
-        "skip_connection": NotRequired[bool],
-        "signed": NotRequired[bool],
-    },
-)
+class _Cfg(TypedDict):
+    "The settings of sparsify that are known."
+
+    d_in: Count
+    k: Count
+    activation: NotRequired[Literal["topk", "groupmax"]]
+    expansion_factor: NotRequired[Count]
+    num_latents: NotRequired[Annotated[int, Ge(0)]]
+    multi_topk: NotRequired[bool]
+    normalize_decoder: NotRequired[bool]
+    transcode: NotRequired[bool]
+    skip_connection: NotRequired[bool]
+    signed: NotRequired[bool]
 
 # %% ../nbs/20_sparsify.ipynb #c4e66258
-def _sparsify_config(path: Path) -> dict:
+def _config(path: Path) -> dict:
     "What the `cfg.json` of sparsify says. Raises `UsageError` for what is not known to be right."
-    about = read_json(path, _Sparsify, MEND)
+    about = read_json(path, _Cfg, MEND)
     if about.get("signed"):
         told = "it is signed: it keeps negative latents too"
         raise mistake(path, told, "give one that is not signed")
-    for name in about.keys() - _Sparsify.__annotations__.keys():
+    for name in about.keys() - _Cfg.__annotations__.keys():
         if about[name]:
             raise mistake(path, f"the key {name[:60]} is not known", "give one of sparsify 1.x")
     return about
 
+# %% ../nbs/20_sparsify.ipynb #a2701295
+def _latents(about: dict) -> int:
+    "How many latents a configuration says: their number, else so many times the width."
+    return about.get("num_latents") or about["d_in"] * about.get("expansion_factor", 32)
+
 # %% ../nbs/20_sparsify.ipynb #0a9c0b55
 def _check_sizes(about: dict, found: dict, path: Path):
     "Raise `UsageError` unless the weights have the sizes that sparsify's configuration says."
-    latents = about.get("num_latents") or about["d_in"] * about.get("expansion_factor", 32)
-    found, expected = tuple(found["encoder.weight"].shape), (latents, about["d_in"])
-    if found != expected:
-        told = f"encoder.weight has shape {found}, and cfg.json says {expected}"
+    shape, expected = tuple(found["encoder.weight"].shape), (_latents(about), about["d_in"])
+    if shape != expected:
+        told = f"encoder.weight has shape {shape}, and cfg.json says {expected}"
         raise mistake(path, told, MEND)
-    if about["k"] > latents:
-        raise mistake(path, f"k is {about['k']}, of {latents} latents", MEND)
-    if about.get("activation") == "groupmax" and latents % about["k"]:
-        raise mistake(path, f"{latents} latents are not {about['k']} groups", MEND)
+    if about.get("activation") == "groupmax" and _latents(about) % about["k"]:
+        raise mistake(path, f"{_latents(about)} latents are not {about['k']} groups", MEND)
 
-# %% ../nbs/20_sparsify.ipynb #88ed40b7
+# %% ../nbs/20_sparsify.ipynb #8dcc75dd
 _CROSS_LAYER = ("post_enc", "W_decs.", "b_decs.", "W_skips.", "in_norm", "out_norm")
 
-
+# %% ../nbs/20_sparsify.ipynb #88ed40b7
 def _refuse_cross_layer(found: dict, path: Path):
     "Raise `UsageError` for the tensors of a cross-layer transcoder."
     for name in found:
@@ -84,7 +79,7 @@ def _refuse_cross_layer(found: dict, path: Path):
             told = f"it has {name}, so it is a cross-layer transcoder"
             raise mistake(path, told, "give an SAE or a transcoder of one layer")
 
-# %% ../nbs/20_sparsify.ipynb #d12676ba
+# %% ../nbs/20_sparsify.ipynb #7ccc6c8c
 def _module(folder: Path) -> str | None:
     "The name of the module that sparsify's folder is of; `None` where it has another name."
     name = folder.absolute().name
@@ -96,36 +91,28 @@ def _module(folder: Path) -> str | None:
         return None
     return name
 
-
-def _sparsify_place(folder: Path, transcode: bool, hook) -> tuple[str, str | None]:
-    "What an SAE of sparsify reads, and what it replaces if it is a transcoder."
-    name = _module(folder)
+# %% ../nbs/20_sparsify.ipynb #5787d064
+def _no_embedding(folder: Path):
+    "Raise `UsageError` for the folder of an SAE of token embeddings."
     if "embed_tokens" in folder.absolute().parts[-2:]:
         told = "an SAE of token embeddings, which are at no decoder block"
         raise mistake(folder, told, "give one of a block or of a module in it")
-    if name is None and hook is None:
-        raise unplaced(folder)
-    if not transcode:
-        return name or hook, None
-    layer, point = point_of(str(name or hook))
+
+# %% ../nbs/20_sparsify.ipynb #d12676ba
+def _place(folder: Path, transcode: bool, hook) -> tuple:
+    "What an SAE of sparsify reads, and what it replaces if it is a transcoder, where that is said."
+    name = _module(folder)
+    place = hook if name is None else name
+    if not transcode or place is None:
+        return place, None
+    layer, point = point_of(str(place))
     if point != "mlp.hook_out" and (name or point != "hook_mlp_out"):
         told = "a transcoder of a module that is not an MLP"
         raise mistake(folder, told, "give one of an MLP, such as layers.3.mlp")
-    return f"blocks.{layer}.mlp.hook_in", name or hook
-
-# %% ../nbs/20_sparsify.ipynb #16041fe2
-_Run = TypedDict("_Run", {"model": NotRequired[str]})
-
-
-def _run_model(folder: Path) -> str | None:
-    "The model that a run of sparsify was on, from the `config.json` of the run."
-    for place in list(folder.absolute().parents)[:2]:
-        if (place / "config.json").is_file():
-            return read_json(place / "config.json", _Run, MEND).get("model")
-    return None
+    return f"blocks.{layer}.mlp.hook_in", place
 
 # %% ../nbs/20_sparsify.ipynb #6813f345
-def _sparsify_kind(about: dict) -> tuple[str, dict]:
+def _kind(about: dict) -> tuple[str, dict]:
     "The architecture and the options that a configuration of sparsify means."
     groups = about.get("activation") == "groupmax"
     if not about.get("transcode"):
@@ -133,17 +120,26 @@ def _sparsify_kind(about: dict) -> tuple[str, dict]:
     kind = "topk_skip_transcoder" if about.get("skip_connection") else "topk_transcoder"
     return kind, dict(k=about["k"], groups=groups)
 
+# %% ../nbs/20_sparsify.ipynb #1cf15ccb
+_LAYOUT = layout_of((*LINEAR_NAMES[:2], "W_dec", "b_dec"), "nd", "no")
+_SKIP = {"W_skip": ("W_skip", "od")}
+
+
+class _Run(TypedDict, total=False):
+    "What the `config.json` of a run may say."
+
+    model: str
+
 # %% ../nbs/20_sparsify.ipynb #8720f127
 def sparsify(folder: Path, hook=None):
     "An SAE or transcoder of sparsify from its folder."
-    path = folder / "sae.safetensors"
-    about = _sparsify_config(folder / "cfg.json")
+    path, about = folder / "sae.safetensors", _config(folder / "cfg.json")
     found = read_tensors(path, mend=MEND)
     _refuse_cross_layer(found, path)
-    skip = about.get("transcode") and about.get("skip_connection")
-    state = arranged(found, _SPARSIFY | (_SKIP if skip else {}), path)
+    kind, options = _kind(about)
+    state = arranged(found, _LAYOUT | (_SKIP if "skip" in kind else {}), path)
     _check_sizes(about, found, path)
-    reads, replaces = _sparsify_place(folder, about.get("transcode", False), hook)
-    kind, options = _sparsify_kind(about)
-    more = dict(model_name=_run_model(folder), expected_l0=about["k"])
+    _no_embedding(folder)
+    reads, replaces = _place(folder, about.get("transcode", False), hook)
+    more = dict(model_name=config_near(folder, _Run).get("model"), expected_l0=about["k"])
     return built(kind, state, placed(folder, reads, replaces, hook, **more), path, **options)

@@ -266,7 +266,4 @@ def replaceable(lm, batch: dict, keep: str = "special") -> Tensor:
     ids = batch["input_ids"]
     if keep == "none":
         return torch.ones_like(ids, dtype=torch.bool)
-    mask = batch.get("attention_mask")
-    position_ids = batch.get("position_ids")
-    kept = positions_kept(ids, ids.shape[1], special_ids(lm), mask, position_ids, device=ids.device)
-    return ~kept.expand(ids.shape)
+    return ~_kept_in_call(special_ids(lm), (), batch).expand(ids.shape)

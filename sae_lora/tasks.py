@@ -64,19 +64,25 @@ def _load(specs: list, local: dict[str, list[dict]], data) -> dict:
         _without_examples(task)
     return loaded
 
+# %% ../nbs/53_tasks.ipynb #aa202509
+def _families(local: dict[str, list[dict]]) -> dict[str, list[str]]:
+    "Of what comes from files the families of several tasks, with the names of these."
+    families = {}
+    for family, found in local.items():
+        names = [t["task"] for t in found]
+        if names and names != [family]:
+            families[family] = names
+    return families
+
 # %% ../nbs/53_tasks.ipynb #246d1c11
 def _loaded(tasks: list, data) -> tuple[dict, dict]:
     "lm-eval's tasks, ready to run, and by family that was asked for the names of its tasks."
     named = [t for t in tasks if data is not None and isinstance(t, str)]
     local = {t: local_tasks(t, data) for t in named}
-    specs, families = [], {}
+    specs = []
     for task in tasks:
         specs += isinstance(task, str) and local.get(task) or [task]
-    for family, found in local.items():
-        names = [t["task"] for t in found]
-        if names and names != [family]:
-            families[family] = names
-    return _load(specs, local, data), families
+    return _load(specs, local, data), _families(local)
 
 # %% ../nbs/53_tasks.ipynb #57cace44
 def _wilson(items: list[float]) -> list[float]:
@@ -98,16 +104,20 @@ def _row(metric: str, value: float, stderr, items: list[float]) -> dict:
     ci95 = _interval(value, known, items)
     return dict(metric=metric, value=value, stderr=known, ci95=ci95, n=len(items), items=items)
 
+# %% ../nbs/53_tasks.ipynb #022be07f
+def _items(samples: list[dict], metric: str, way: str) -> list[float]:
+    "What each item has of a metric, in order; nothing where these are no numbers."
+    own = [s for s in samples if s.get("filter", way) == way]
+    items = [s[metric] for s in sorted(own, key=lambda s: s["doc_id"])]
+    numbers = all(isinstance(x, (int, float)) for x in items)
+    return [float(x) for x in items] if numbers else []
+
 # %% ../nbs/53_tasks.ipynb #f1b4e7d2
 def _score(result: dict, samples: list[dict]) -> dict:
     "The score of lm-eval's `result`, with the items in order."
     metric, way = next(k for k in result if "," in k and "_stderr" not in k).split(",")
     stderr = result.get(f"{metric}_stderr,{way}")
-    in_order = sorted(samples, key=lambda s: s["doc_id"])
-    items = [s[metric] for s in in_order if s.get("filter", way) == way]
-    if not all(isinstance(x, (int, float)) for x in items):
-        items = []
-    return _row(metric, result[f"{metric},{way}"], stderr, [float(x) for x in items])
+    return _row(metric, result[f"{metric},{way}"], stderr, _items(samples, metric, way))
 
 # %% ../nbs/53_tasks.ipynb #03f92a60
 def _scores(results: dict, samples: dict) -> dict[str, dict]:
@@ -119,11 +129,11 @@ def _scores(results: dict, samples: dict) -> dict[str, dict]:
     return out
 
 # %% ../nbs/53_tasks.ipynb #e1248512
-def _pool(rows: list[dict]) -> dict:
-    "The score of a family: the mean over all its items."
-    items = np.array([x for r in rows for x in r["items"]])
+def _pool(rows: dict[str, dict], names: list[str]) -> dict:
+    "The score of the family of the tasks `names`: the mean over all their items."
+    items = np.array([x for name in names for x in rows[name]["items"]])
     stderr = float(items.std(ddof=1) / len(items) ** 0.5) if len(items) > 1 else None
-    return _row(rows[0]["metric"], float(items.mean()), stderr, items.tolist())
+    return _row(rows[names[0]]["metric"], float(items.mean()), stderr, items.tolist())
 
 # %% ../nbs/53_tasks.ipynb #6760f2b6
 def _prefix(tok) -> int | None:
@@ -155,19 +165,29 @@ def _lm_eval() -> tuple:
         raise UsageError(f"benchmarks need lm-eval ({e}); pip install 'sae_lora[tasks]'") from None
     return evaluate, HFLM
 
+# %% ../nbs/53_tasks.ipynb #48e34164
+@contextmanager
+def _quiet(name: str):
+    "Inside, the logger of that name tells errors alone."
+    log = logging.getLogger(name)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
 # %% ../nbs/53_tasks.ipynb #0f509cb8
 @contextmanager
 def _harness(lm):
     "lm-eval's `evaluate` and its model class, quiet; afterwards `lm` is in the mode it was in."
     evaluate, HFLM = _lm_eval()
-    log, mode = logging.getLogger("lm_eval"), lm.training
-    level = log.level
-    log.setLevel(logging.ERROR)
+    mode = lm.training
     try:
-        yield evaluate, _one_beginning(HFLM)
+        with _quiet("lm_eval"):
+            yield evaluate, _one_beginning(HFLM)
     finally:
         lm.train(mode)
-        log.setLevel(level)
 
 # %% ../nbs/53_tasks.ipynb #721ca5d8
 def benchmark(
@@ -184,10 +204,7 @@ def benchmark(
         model = Model(lm, tokenizer=tok, batch_size=batch_size, prefix_token_id=_prefix(tok))
         out = evaluate(model, loaded, limit=limit, bootstrap_iters=1000)
     rows = _scores(out["results"], out["samples"])
-    pooled = {}
-    for family, names in families.items():
-        pooled[family] = _pool([rows[name] for name in names])
-    return pooled | rows
+    return {family: _pool(rows, names) for family, names in families.items()} | rows
 
 # %% ../nbs/53_tasks.ipynb #41dd7d58
 def benchmark_all(

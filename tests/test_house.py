@@ -85,7 +85,7 @@ def test_cells_and_modules_are_small():
     every = [(path.stem, source(c)) for path in CHAPTERS for c in cells(path) if exported(c)]
     sizes = [len(text) for _, text in every]
     tenths = statistics.quantiles(sizes, n=10)
-    assert statistics.median(sizes) <= 380 and tenths[-1] <= 800, (tenths[4], tenths[-1])
+    assert statistics.median(sizes) <= 350 and tenths[-1] <= 800, (tenths[4], tenths[-1])
     lengths = [text.count("\n") for _, text in every]  # without the line that says `#| export`
     long = [name for (name, _), length in zip(every, lengths) if length > 48]  # run_adapt's options
     assert statistics.median(lengths) <= 10 and not long, long
