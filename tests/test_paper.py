@@ -220,7 +220,14 @@ FEW = {
         tokens=128, rank=2, sae=SPEC, data="sample", probe_texts=6, letters="st", words=12, cards=2
     ),
     "09_steering": dict(
-        tokens=128, sae=SPEC, data="sample", latents=2, examples=3, negatives=3, alphas=[0.5, 2.0]
+        tokens=128,
+        sae=SPEC,
+        valid_tokens=8192,
+        data="sample",
+        latents=2,
+        examples=12,
+        negatives=3,
+        alphas=[0.5, 2.0],
     ),
     "10_benchmarks": dict(tokens=128, rank=2, data="sample"),
     "11_token_losses": dict(tokens=128, rank=2, sae=SPEC),
@@ -257,7 +264,8 @@ FEW = {
         rank=2,
         variants={"fast": {}, "4 rows a step": {"batch": 4}},
         again=["fast"],
-        batch_tokens=512,
+        batch_tokens=256,
+        batch_rates={1: [1e-3, 2e-3], 2: [1e-3]},
     ),
     "16_sites": dict(
         tokens=128,
