@@ -8,7 +8,7 @@ __all__ = ['MEASURING', 'groups_of', 'trained_by', 'specs_of', 'places_of', 'as_
 # %% ../nbs/61b_asked.ipynb #cd2c0806
 import pandas as pd
 
-from .counted import Group, Place, known_shape, place_of, skeleton
+from .counted import Group, SAESize, known_shape, place_of, skeleton
 from .experiments import cacheable
 from .notebooks import dev_module, settings
 from .recipes import RECIPES
@@ -33,7 +33,7 @@ def _sources(name: str):
         if cell.cell_type == "code":
             yield cell.source, "parameters" in cell.metadata.get("tags", [])
 
-
+# %% ../nbs/61b_asked.ipynb #2116fe35
 def _execute(source: str, name: str, module: dict, recorder: _Recorder):
     "Execute a cell; once it has asked for rows, it may fail for want of their figures."
     before = len(recorder.groups)
@@ -65,7 +65,7 @@ MEASURING = ("measure", "data", "probe_texts", "letters", "words", "cards", "ind
 MEASURING += ("examples", "negatives", "tune_on", "others", "alphas", "task", "limit", "bins")
 
 
-def _way(p: dict, places: list[Place]) -> dict:
+def _way(p: dict, places: list[SAESize]) -> dict:
     "Layers and rank of a run that names a way or a method; those without an adapter have rank 0."
     if "way" in p:
         near = list(range(places[0].layer + 1, places[0].layer + 1 + p["near"]))
@@ -76,7 +76,7 @@ def _way(p: dict, places: list[Place]) -> dict:
     return dict(layers="all") if "stages" in p else {}
 
 # %% ../nbs/61b_asked.ipynb #f6ec0073
-def trained_by(p: dict, places: list[Place]) -> dict | None:
+def trained_by(p: dict, places: list[SAESize]) -> dict | None:
     "What a run trains: `layers, rank, recipe, tokens, batch`; `None` where it trains nothing."
     idle = p.get("method") in ("SAE alone", "no SAE") or not p.get("tokens")
     if idle or p.get("what", "batch") not in ("batch", "time_to_loss"):
@@ -95,8 +95,8 @@ def specs_of(p: dict) -> list:
         return [own | sae_lr | ({"tokens": p["sae_tokens"]} if "sae_tokens" in p else {})]
     return p["sae"] if isinstance(p.get("sae"), list) else [p.get("sae", "default")]
 
-
-def places_of(p: dict) -> list[Place]:
+# %% ../nbs/61b_asked.ipynb #3e482dae
+def places_of(p: dict) -> list[SAESize]:
     "Where the SAEs of a run stand, and their sizes."
     return [place_of(spec, known_shape(p["model"]).width) for spec in specs_of(p)]
 

@@ -47,19 +47,28 @@ class Cost(NamedTuple):
         return Cost(*(a + b for a, b in zip(self[:-1], other[:-1])), most)
 
 # %% ../nbs/61c_plan.ipynb #366de756
+def _states(p: dict, spec: dict, made: set) -> int:
+    "The positions at which hidden states are computed for an SAE; those in the cache are free."
+    if spec.get("stream"):
+        return spec["tokens"]
+    own = {k: p.get(k) for k in ("model", "text", "length", "text_tokens")}
+    name = key(own | dict(at=spec["layer"]))
+    there = name in made
+    made.add(name)
+    return 0 if there else p["text_tokens"]
+
+# %% ../nbs/61c_plan.ipynb #9fa63ae5
 def _sae_cost(p: dict, spec: dict, made: set) -> Cost:
     "What it costs to train the SAE of a spec, with the hidden states for it, unless it is made."
-    shape, place = known_shape(p["model"]), place_of(spec, 1)
-    world = [p.get(k) for k in ("model", "text", "length", "text_tokens")]
-    names = [key(dict(world=world, spec=spec)), key(dict(world=world, layer=spec["layer"]))]
-    if names[0] in made:
+    shape, size = known_shape(p["model"]), place_of(spec, 1)
+    name = key({k: p.get(k) for k in ("model", "text", "length", "text_tokens")} | dict(sae=spec))
+    if name in made:
         return Cost()
-    fresh = spec["tokens"] if spec.get("stream") else p["text_tokens"]
-    states = 0 if names[1] in made and not spec.get("stream") else fresh
-    made |= set(names)
-    passes = states * state_operations(shape, spec["layer"])
-    taken = spec["tokens"] * sae_operations(shape, place)
-    held = 2 * shape.parameters + ADAM * 2 * shape.width * place.latents + 12 * 1024 * place.latents
+    made.add(name)
+    passes = _states(p, spec, made) * state_operations(shape, spec["layer"])
+    taken = spec["tokens"] * sae_operations(shape, size)
+    numbers = 2 * shape.width * size.latents
+    held = 2 * shape.parameters + ADAM * numbers + 12 * 1024 * size.latents
     return Cost(0, 0, 0, spec["tokens"], passes, taken, held)
 
 # %% ../nbs/61c_plan.ipynb #bac7a562
@@ -70,7 +79,8 @@ def _training_cost(runs: list[dict], made: set, bytes_each: int) -> Cost:
     if not group or name in made:
         return Cost()
     made.add(name)
-    shape, places, t = known_shape(p["model"]), places_of(p), trained_by(p, places_of(p))
+    shape, places = known_shape(p["model"]), places_of(p)
+    t = trained_by(p, places)
     whole = group._replace(known=False)
     taken = t["tokens"] * operations(shape, places, whole)
     taken += p.get("valid_tokens", 0) * measuring_operations(shape, places, len(runs))
@@ -96,7 +106,7 @@ def _measured() -> dict:
     rows = Results(rows_path("14_speed")).rows().values()
     return next(r["metrics"] for r in rows if r["parameters"].get("what") == "steps")
 
-
+# %% ../nbs/61c_plan.ipynb #a0f1c428
 def laptop_rate() -> float:
     "Operations a second in matrix products of the machine that the committed rows are of."
     found = _measured()
@@ -104,8 +114,9 @@ def laptop_rate() -> float:
 
 # %% ../nbs/61c_plan.ipynb #b225ce02
 def shares() -> dict[str, float]:
-    "The share of a device's rate that training uses: of `models` that are run or trained, and of `saes`."
-    found, taken, seconds = _measured(), 0.0, 0.0
+    "The share of a device's rate that is used: by `models`, and by the training of `saes`."
+    found = _measured()
+    taken, seconds = 0.0, 0.0
     for row in Results(rows_path("saes")).rows().values():
         p = row["parameters"]
         shape = known_shape(p["model"])
@@ -119,7 +130,7 @@ def _seconds(row: dict) -> float | None:
     "The seconds of training that a row tells of."
     return row["metrics"].get("train_seconds", row["metrics"].get("seconds"))
 
-
+# %% ../nbs/61c_plan.ipynb #405b4f54
 def _both(runs: list[dict], row: dict, rate: float) -> tuple[float, float] | None:
     "The seconds of training that a group should take, and took."
     group, took = as_group(runs), _seconds(row)
@@ -144,7 +155,7 @@ def rate_here() -> float:
     where = torch.device(default_device())
     return matmul_rate(torch.bfloat16 if bf16_pays(where.type) else torch.float32, where)
 
-
+# %% ../nbs/61c_plan.ipynb #3c7f66f2
 def hours_of(cost: Cost, rate: float, gpus: int = 1) -> float:
     "The hours that a cost takes on so many devices of a rate."
     used = shares()
@@ -162,14 +173,14 @@ def _told(name: str, cost: Cost, rate: float, gpus: int) -> dict:
 def plan(
     names: list[str], size: str = "laptop", rate: float | None = None, gpus: int = 1, **params
 ) -> list[dict]:
-    """What experiments of a size cost from nothing, one after the other, and all of them together.
+    """What experiments of a size cost, from nothing, by name, and all of them together.
 
-    `rate` is that of a device in operations a second, by default measured here. Each line has
-    `name, rows, adapters, adapter_tokens, sae_positions, memory` (bytes)`, operations, hours`.
-    Raises `UsageError` for what does not exist."""
+    `rate`: operations a second of a device, by default measured here. A line has `name, rows,
+    adapters, adapter_tokens, sae_positions, memory` (bytes)`, operations, hours`. Raises
+    `UsageError`."""
     rate, made = rate or rate_here(), set()
-    bytes_each = 2 if size in ("gpu", "paper") else 4
-    costs = {n: cost_of(groups_of(n, size, params), made, bytes_each) for n in names}
+    each = 2 if size in ("gpu", "paper") else 4
+    costs = {n: cost_of(groups_of(n, size, params), made, each) for n in names}
     lines = [_told(n, cost, rate, gpus) for n, cost in costs.items()]
     if len(names) > 1:
         lines.append(_told("all", sum(costs.values(), Cost()), rate, gpus))

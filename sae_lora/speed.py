@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .arithmetic import bf16_pays, can_compile
-from .counted import Group, Place, operations, shape_of
+from .counted import Group, SAESize, operations, shape_of
 from .experiments import saes_at, world
 from .formats import load_sae
 from .lm import Head, device_of, load_lm, on_device
@@ -120,7 +120,7 @@ def matmul_rate(dtype: torch.dtype, where: torch.device) -> float:
 # %% ../nbs/60_speed.ipynb #852a8d24
 def needed(lm, saes: dict, rank: int) -> int:
     "Operations that one token of training needs, counted from shapes."
-    places = [Place(getattr(i, "layer", i), sae.cfg.d_sae, True) for i, sae in saes.items()]
+    places = [SAESize(getattr(i, "layer", i), sae.cfg.d_sae, True) for i, sae in saes.items()]
     return operations(shape_of(lm), places, Group("after", (rank,)))
 
 # %% ../nbs/60_speed.ipynb #8fc9f5c9

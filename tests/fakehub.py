@@ -78,7 +78,8 @@ class Answers(BaseHTTPRequestHandler):
 
     def api(self, parts: list[str], body: dict):
         "Answer `api/KIND/ORG/NAME/…`."
-        kind, name, rest = parts[0], "/".join(parts[1:3]), parts[3:]
+        kind, rest = parts[0], parts[3:]
+        name = "/".join(parts[1:3])
         root = self.server.root / kind / name
         if not root.is_dir():
             return self.missing("RepoNotFound")
@@ -121,7 +122,8 @@ class Answers(BaseHTTPRequestHandler):
 def served(root: Path) -> ThreadingHTTPServer:
     "A hub of the repositories below `root`, until `shutdown()`; `address` is where it is."
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
-    server.root, server.asked_in_vain, server.daemon_threads = root, [], True
+    server.root, server.asked_in_vain = root, []
+    server.daemon_threads = True
     server.address = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server

@@ -62,7 +62,8 @@ def as_it_was(lm, saes, batch, keep):
 
 
 def test_published_students_share_one_teacher_and_lose_no_bit():
-    lm, saes, batch = tiny("gemma2"), {1: random_sae()}, {"input_ids": ROWS[:1]}
+    lm, saes = tiny("gemma2"), {1: random_sae()}
+    batch = {"input_ids": ROWS[:1]}
     names = ["default", "r2", "r4"]
     for rank, name in zip((1, 2, 4), names):
         add_lora(lm, saes, rank=rank, name=name, alpha=32, lora_dropout=0.1)

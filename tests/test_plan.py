@@ -13,7 +13,7 @@ from sae_lora import cli
 from sae_lora.asked import groups_of, places_of, trained_by
 from sae_lora.counted import (
     Group,
-    Place,
+    SAESize,
     known_shape,
     memory,
     operations,
@@ -54,7 +54,7 @@ def counted(lm, recipe: str, layers, ranks) -> float:
 @pytest.mark.parametrize("layers, ranks", [("after", (4,)), ([3], (2, 4)), ("all", (4,))])
 def test_operations_are_those_of_a_step(recipe, layers, ranks):
     lm = tiny("llama")
-    shape, places = shape_of(lm), [Place(1, 64, False)]
+    shape, places = shape_of(lm), [SAESize(1, 64, False)]
     found = counted(lm, recipe, layers, ranks)
     assert operations(shape, places, Group(layers, ranks, recipe)) == pytest.approx(found, rel=0.1)
 
@@ -81,7 +81,7 @@ def test_what_is_not_known_is_told():
 
 
 def test_memory_grows_with_ranks_and_with_the_published_logits():
-    shape, place = known_shape("google/gemma-2-2b"), [Place(12, 16384, False)]
+    shape, place = known_shape("google/gemma-2-2b"), [SAESize(12, 16384, False)]
     few = memory(shape, place, Group("after", (64,)), 1, 1024)
     assert few < memory(shape, place, Group("after", (64, 256)), 1, 1024)
     assert few < memory(shape, place, Group("after", (64,), "published"), 1, 1024)

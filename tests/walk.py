@@ -2,8 +2,9 @@
 
 It reads requests, one JSON object a line (`name`, `values`, `environment`, `said`), runs the code
 of the experiment's notebook with these values, and answers with how it ended: `figures`, the
-seconds it took, and what was raised. The sizes that SAELens reads off the names of Gemma Scope's
-repositories are those of the tiny weights instead.
+seconds it took, and what was raised. Two things are put in: the sizes that SAELens reads off the
+names of Gemma Scope's repositories are those of the tiny weights, and the rate of the device is a
+number, for to measure it in bfloat16 takes minutes on a processor that has no such instructions.
 """
 
 import json
@@ -66,6 +67,13 @@ def tiny_widths():
     loaders.get_gemma_2_config_from_hf = config
 
 
+def no_rates():
+    "Let the rate of the device be a number."
+    from sae_lora import speed
+
+    speed.matmul_rate = lambda dtype, where: 1e12
+
+
 def walked(name: str, values: dict, answer: dict):
     """Run the code of an experiment; `answer` is told how many figures it drew.
 
@@ -116,6 +124,7 @@ def serve():
     os.dup2(2, 1)
     load()
     tiny_widths()
+    no_rates()
     print(json.dumps(dict(ready=True)), file=answers, flush=True)
     for line in sys.stdin:
         request = json.loads(line)
