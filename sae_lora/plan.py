@@ -215,13 +215,17 @@ def _assumed(rate: float, gpus: int) -> str:
         "steps too small to keep a device busy take longer"
     )
 
+# %% ../nbs/61c_plan.ipynb #afab2eb0
+def _aligned(words: list[str], widths: list[int]) -> str:
+    "Words in columns of these widths."
+    return "  ".join(word.ljust(width) for word, width in zip(words, widths)).rstrip()
+
 # %% ../nbs/61c_plan.ipynb #e346667a
 def plan_lines(lines: list[dict], rate: float, gpus: int, card: float = 80e9) -> list[str]:
     "A plan as lines of text, with what it assumes, and what is too large for one card."
     table = [list(COLUMNS), *map(columns_of, lines)]
     widths = [max(map(len, column)) for column in zip(*table)]
-    said = ["  ".join(t.ljust(w) for t, w in zip(row, widths)).rstrip() for row in table]
-    said.append(_assumed(rate, gpus))
+    said = [_aligned(row, widths) for row in table] + [_assumed(rate, gpus)]
     for line in lines:
         if line["memory"] > card and line["name"] != "all":
             needs = f"{line['name']} needs about {line['memory'] / 1e9:.0f} GB"
