@@ -229,7 +229,13 @@ FEW = {
         negatives=3,
         alphas=[0.5, 2.0],
     ),
-    "10_benchmarks": dict(tokens=128, rank=2, data="sample"),
+    "10_benchmarks": dict(
+        tokens=128,
+        rank=2,
+        data="sample",
+        tasks=dict(mmlu=1, hellaswag=2, truthfulqa_mc1=1, blimp=1),
+        others=[],
+    ),
     "11_token_losses": dict(tokens=128, rank=2, sae=SPEC),
     "12_activations": dict(tokens=128, rank=2, sae=SPEC),
     "13_ways_to_close_the_gap": dict(
@@ -254,7 +260,7 @@ FEW = {
         vocabulary=4096,
         positions=512,
         ranks=[1, 2],
-        sweep_tokens=512,
+        sweep_tokens=384,
         flat_tokens=256,
         steps_a_round=3,
         fuse=False,
@@ -276,7 +282,7 @@ FEW = {
         seeds=[0],
     ),
     "17_replacement_model": dict(
-        tokens=128,
+        tokens=512,  # in four stages
         rank=2,
         seeds=[0],
         coder=dict(width=64, k=8, tokens=2048, transcoder=True, skip=True, stream=True),
