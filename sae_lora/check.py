@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FUSED', 'MAKING', 'HIGH_PERPLEXITY', 'BETTER_BEGINNING', 'L0_RATIO', 'HIGH_FVU', 'beginnings', 'base_loss',
            'beginning_losses', 'promised_l0', 'tried', 'step_rows', 'timed_steps', 'preflight', 'expected', 'tokens_in',
-           'warnings_of', 'duration', 'summary']
+           'warnings_of', 'summary']
 
 # %% ../nbs/63_check.ipynb #c29ad58b
 import math
@@ -19,6 +19,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from .counted import duration
 from .devices import memory_of, peak_memory
 from .files import UsageError
 from .hidden import hidden
@@ -326,15 +327,6 @@ def warnings_of(p: dict) -> list[str]:
     for s in p["saes"]:
         said += _of_sae(s)
     return said + _of_memory(p.get("memory_bytes", 0), p.get("device_memory_bytes", math.inf))
-
-# %% ../nbs/63_check.ipynb #aec5b18f
-def duration(seconds: float) -> str:
-    "A time as one would say it."
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    if seconds < 90 * 60:
-        return f"{seconds / 60:.2g} minutes"
-    return f"{seconds / 3600:.2g} hours"
 
 # %% ../nbs/63_check.ipynb #cfd3483b
 def _budget(p: dict) -> str:

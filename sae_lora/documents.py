@@ -130,10 +130,21 @@ def _document(line: str, where: str) -> str | None:
         return _column(row, where)
     raise mistake(where, f"{line.strip()[:20]!r} is neither text nor an object", _LINE)
 
+# %% ../nbs/04_documents.ipynb #226ec762
+def _opened(path: Path):
+    "A file of lines, opened as text; one that ends in `.zst` is decompressed."
+    if path.suffix != ".zst":
+        return path.open(encoding="utf-8")
+    try:
+        import zstandard
+    except ImportError:
+        raise mistake(path, "zstandard is not installed", "pip install zstandard") from None
+    return zstandard.open(path, "rt", encoding="utf-8")
+
 # %% ../nbs/04_documents.ipynb #36a80557
 def _lines(path: Path) -> Iterator[str | None]:
     "The documents of one `.jsonl` file."
-    with path.open(encoding="utf-8") as f:
+    with _opened(path) as f:
         for n, line in enumerate(f, 1):
             if line.strip():
                 yield _document(line, f"{path}, line {n}")
@@ -147,21 +158,32 @@ def _batches(path: Path) -> Iterator[str]:
         yield from (_column(row, path) for row in batch.to_pylist())
 
 # %% ../nbs/04_documents.ipynb #0a8ec144
-READERS = {".txt": _paragraphs, ".jsonl": _lines, ".csv": _csv, ".parquet": _batches}
+READERS = {
+    ".txt": _paragraphs,
+    ".jsonl": _lines,
+    ".jsonl.zst": _lines,
+    ".csv": _csv,
+    ".parquet": _batches,
+}
 _GIVE = f"give {', '.join(READERS)}, or a folder of them"
+
+# %% ../nbs/04_documents.ipynb #ba193deb
+def _kind(path: Path) -> str:
+    "What the name of a file ends in: `.jsonl`, or `.jsonl.zst`."
+    return "".join(path.suffixes[-2:]) if path.suffix == ".zst" else path.suffix
 
 # %% ../nbs/04_documents.ipynb #5f9002a8
 def _unreadable(path: Path, e: Exception) -> UsageError:
     "What a library says of a file that it cannot read."
-    told = f"not readable as {path.suffix} ({said(e)})"
+    told = f"not readable as {_kind(path)} ({said(e)})"
     return mistake(path, told, "give UTF-8 text, JSON lines, CSV or Parquet")
 
 # %% ../nbs/04_documents.ipynb #8550cd41
 def _file(path: Path) -> Iterator[str]:
     "The documents of one file."
-    read = READERS.get(a_file(path, _GIVE).suffix)
+    read = READERS.get(_kind(a_file(path, _GIVE)))
     if not read:
-        raise mistake(path, f"cannot read {path.suffix or 'this file'}", _GIVE)
+        raise mistake(path, f"cannot read {_kind(path) or 'this file'}", _GIVE)
     try:
         for document in read(path):
             if document is not None:
@@ -176,7 +198,7 @@ def _readable(path: Path) -> list[Path]:
     "A file, or the files in a folder that can be read. Raises `UsageError` where there is none."
     if not path.is_dir():
         return [path]
-    files = [p for p in path.rglob("*") if p.suffix in READERS and no_file(p) != "a folder"]
+    files = [p for p in path.rglob("*") if _kind(p) in READERS and no_file(p) != "a folder"]
     if not files:
         raise mistake(path, f"no {', '.join(READERS)} file in this folder", "add one")
     return sorted(files)
@@ -228,7 +250,7 @@ def documents(source: str) -> Iterator[str]:
     reason = no_file(path)
     if reason in (None, "a folder"):
         yield from _files(path)
-    elif reason != "no such file" or path.suffix in READERS or source[:1] in "./~":
+    elif reason != "no such file" or _kind(path) in READERS or source[:1] in "./~":
         raise mistake(f"text {source[-100:]!r}", reason, _GIVE)
     else:
         yield from _hub(source)

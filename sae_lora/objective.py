@@ -110,20 +110,32 @@ def distill(lm, saes: dict, W: Head, batch: dict, keep: str = "special") -> Tens
     return next(distill_each(lm, {None: saes}, Objective(W, keep), batch))
 
 # %% ../nbs/38_objective.ipynb #0a759f52
+@torch.no_grad()
+def _probabilities(lm, batch: dict) -> Tensor:
+    "What *base* predicts at every position, `(rows, positions, vocabulary)`."
+    with without_lora(lm):
+        return lm(**batch).logits.float().softmax(-1)
+
+# %% ../nbs/38_objective.ipynb #341708d2
+def _to_probabilities(lm, saes: dict, batch: dict, teacher: Tensor, keep: str) -> Tensor:
+    "KL from what the teacher predicts to the model with `saes` in, by row."
+    with splice(lm, saes, keep):
+        student = lm(**batch).logits.float().log_softmax(-1)
+    return nn.functional.kl_div(student, teacher, reduction="batchmean")
+
+# %% ../nbs/38_objective.ipynb #946c5cc7
 def distill_published(lm, saes: dict, batch: dict, keep: str = "none") -> Tensor:
     """The published loss: KL summed over positions and averaged over rows.
 
     Full passes, logits of every position at once."""
     batch = on_device(lm, batch) | {"use_cache": False}
-    with torch.no_grad(), without_lora(lm):
-        teacher = lm(**batch).logits.float().softmax(-1)
-    with splice(lm, saes, keep):
-        student = lm(**batch).logits.float().log_softmax(-1)
-    return nn.functional.kl_div(student, teacher, reduction="batchmean")
+    return _to_probabilities(lm, saes, batch, _probabilities(lm, batch), keep)
 
 # %% ../nbs/38_objective.ipynb #82cab402
 def published_each(lm, students: dict, objective: Objective, batch: dict, known=None):
-    "`distill_published` for each of several students; nothing is `known` beforehand."
+    "`distill_published` for each of several students, with one teacher; nothing is `known`."
+    batch = on_device(lm, batch) | {"use_cache": False}
+    teacher = _probabilities(lm, batch)
     for adapter, saes in students.items():
         with only(lm, adapter):
-            yield distill_published(lm, saes, batch, objective.keep)
+            yield _to_probabilities(lm, saes, batch, teacher, objective.keep)

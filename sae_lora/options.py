@@ -7,8 +7,8 @@ __all__ = ['Model', 'Source', 'Saes', 'Out', 'Device', 'Resume', 'Force', 'Json'
            'Batch', 'Seed', 'MANY', 'Tokens', 'Measured', 'Minutes', 'InPlaceOfMinutes', 'ValidText', 'Cut',
            'LearningRate', 'KeepUnspliced', 'Shard', 'SaeLayer', 'SaeSite', 'Transcoder', 'Skip', 'Width', 'K',
            'SaeTokens', 'SaeRate', 'SaeBatch', 'SaeMeasured', 'Half', 'Folder', 'To', 'ReportFile', 'Experiment',
-           'Size', 'Every', 'Draw', 'Workers', 'Cluster', 'SiteFolder', 'Serve', 'MOST_LAYERS', 'option', 'parse_saes',
-           'read_inputs', 'parse_layers', 'parse_batch', 'parse_parameters']
+           'Size', 'Every', 'Draw', 'Workers', 'Cluster', 'Gpus', 'Rate', 'SiteFolder', 'Serve', 'MOST_LAYERS',
+           'option', 'parse_saes', 'read_inputs', 'parse_layers', 'parse_batch', 'parse_parameters']
 
 # %% ../nbs/70_options.ipynb #49661313
 from pathlib import Path
@@ -135,6 +135,12 @@ Every = option(bool, "All experiments that have this size.", "--all")
 Draw = option(bool, "Draw from the rows there are; a missing row is an error.", "--draw")
 Workers = option(Optional[int], "Start so many workers on this machine.", min=1, max=1024)
 Cluster = option(Optional[str], "Address of a Dask scheduler, whose workers compute.")
+Gpus = option(int, "Devices that share the work.", min=1)
+Rate = option(
+    Optional[float],
+    "Operations a second of one in matrix products; by default measured here.",
+    show_default=False,
+)
 SiteFolder = option(Path, "Folder to build in.")
 Serve = option(bool, "Show it at http://localhost:4200 until stopped.", "--serve")
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from .checked import read_json
 from .files import UsageError, free_site, written
 from .notebooks import dev_module, experiments
+from .plan import plan_page
 from .results import project
 
 # %% ../nbs/62_site.ipynb #27d0941d
@@ -106,6 +107,7 @@ LISTS = {
     "README.md": {"chapters": _table},
     "_quarto.yml": {"chapters": _sidebar, "experiments": _experiments},
     "index.qmd": {"chapters": _words},
+    "pages/paper-scale.qmd": {"plan": plan_page},
 }
 
 # %% ../nbs/62_site.ipynb #373ddf0a
@@ -120,7 +122,7 @@ def between(text: str, name: str, new: str) -> str:
 
 # %% ../nbs/62_site.ipynb #cc20d64e
 def listed() -> dict[str, str]:
-    "The three files by name: what is there, with today's lists in it."
+    "The files by name: what is there, with today's lists in it."
     found = {}
     for name, lists in LISTS.items():
         text = (project() / name).read_text()

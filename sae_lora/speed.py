@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from .arithmetic import bf16_pays, can_compile
+from .counted import Group, SAESize, operations, shape_of
 from .experiments import saes_at, world
 from .formats import load_sae
-from .lm import Head, decoder_blocks, device_of, head, linears, load_lm, on_device
+from .lm import Head, device_of, load_lm, on_device
 from .lora import add_lora
 from .loss import kl_loss
 from .metrics import fidelity, held_out_loss
@@ -116,22 +117,11 @@ def matmul_rate(dtype: torch.dtype, where: torch.device) -> float:
     taken = [_timed(lambda: a @ a) for _ in range(8)]
     return 2 * n**3 / statistics.median(taken[2:])
 
-# %% ../nbs/60_speed.ipynb #be4389f2
-def _shapes(lm, blocks: range) -> list[torch.Size]:
-    "The shapes of the linear maps in some decoder blocks."
-    modules = dict(lm.named_modules())
-    return [modules[name].weight.shape for i in blocks for name in linears(lm, i)]
-
 # %% ../nbs/60_speed.ipynb #852a8d24
 def needed(lm, saes: dict, rank: int) -> int:
     "Operations that one token of training needs, counted from shapes."
-    at = max(saes)
-    before = sum(s.numel() for s in _shapes(lm, range(at + 1)))
-    later = _shapes(lm, range(at + 1, len(decoder_blocks(lm))))
-    after = sum(s.numel() for s in later)
-    lora = sum(rank * sum(s) for s in later)
-    sae = sum(s.W_enc.numel() for s in saes.values())
-    return 2 * (before + 3 * after + 3 * lora + 3 * head(lm).weight.numel() + sae)
+    places = [SAESize(getattr(i, "layer", i), sae.cfg.d_sae, True) for i, sae in saes.items()]
+    return operations(shape_of(lm), places, Group("after", (rank,)))
 
 # %% ../nbs/60_speed.ipynb #8fc9f5c9
 VARIANTS = {

@@ -1108,7 +1108,6 @@ SPECS = {"one": [("topk", 1)], "two": [("topk", 1), ("jumprelu", 2)]}
     "report.write_report",
     "report.measure_again",
     "check.summary",
-    "check.duration",
     each=[(s,) for s in SPECS],
 )
 def adapt_and_evaluate(device, dtype, specs):
