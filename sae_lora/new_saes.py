@@ -122,7 +122,7 @@ def _added(weight: Tensor, which: Tensor, values: Tensor) -> Tensor:
 
 # %% ../nbs/42_new_saes.ipynb #1c679f9a
 def _given_back(x: Tensor, which: Tensor, values: Tensor, rows: int) -> Tensor:
-    "To each row in `which` the `x` `(positions, width)` of its position, weighted: `(rows, width)`."
+    "To each row in `which` the `x` `(positions, width)` of its position, weighted and added."
     weight = x.new_zeros(rows, x.shape[1]).requires_grad_()
     with torch.enable_grad():
         out = _added(weight, which, values)

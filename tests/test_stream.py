@@ -159,7 +159,7 @@ def test_a_stopped_run_goes_on_exactly(stop, tmp_path):
 
 def test_a_large_buffer_is_as_good_as_gathering():
     lm, rows = tiny("llama"), some_rows(200)
-    given = dict(tokens=30_000, width=64, k=8, lr=1e-2, batch=100)
+    given = dict(tokens=15_000, width=64, k=8, lr=1e-2, batch=100)
     plain, _ = fit_sae(harvest(lm, rows, 1), **given, metadata=dict(hook_name="x"))
     spec = dict(site=1, width=given.pop("width"), k=given.pop("k"))
     found = [sparsity(lm, plain, 1, rows)["fvu"]]
@@ -167,7 +167,7 @@ def test_a_large_buffer_is_as_good_as_gathering():
         ((sae, curve),) = fit_stream(lm, rows, [spec], **given, buffer=buffer)
         found.append(sparsity(lm, sae, 1, rows)["fvu"])
     assert found[0] < 0.6 and max(found) - min(found) < 0.05 * found[0]
-    assert curve[-1]["positions"] == 3000 and 10 <= curve[-1]["passes"] < 10.5
+    assert curve[-1]["positions"] == 3000 and 5 <= curve[-1]["passes"] < 5.5
     assert 0 < curve[-1]["model_seconds"] < curve[-1]["seconds"]
 
 
@@ -239,9 +239,14 @@ def test_experiments_take_saes_from_a_stream(tmp_path, monkeypatch):
     plain = experiments.trained_sae(lm, blocks, **spec)
     streamed = experiments.trained_sae(lm, blocks, **spec, stream=True)
     assert not torch.equal(plain.W_dec, streamed.W_dec)
-    written = [json.loads(line) for line in (tmp_path / "saes.jsonl").read_text().splitlines()]
-    assert [row["parameters"].get("stream") for row in written] == [None, True]
-    assert "model_seconds" in written[1]["metrics"]
+    lines = (tmp_path / "saes.jsonl").read_text().splitlines()
+    parameters, metrics = {}, {}
+    for row in map(json.loads, lines):
+        kind = row["parameters"].pop("stream", False)
+        parameters[kind], metrics[kind] = row["parameters"], row["metrics"]
+    assert parameters[True] == parameters[False]
+    assert 0 < metrics[True]["model_seconds"] < metrics[True]["train_seconds"]
+    assert metrics[False]["positions"] == 3000 and metrics[True]["positions"] == 2048  # 2 steps
     runs = [dict(sae=[spec | dict(layer=2, stream=True), spec | dict(layer=3)])]
     assert experiments._untrained(lm, blocks, runs) == [3]  # what is streamed is not gathered
 
