@@ -253,6 +253,7 @@ def train_sae(
     k: options.K = 32,
     tokens: options.Tokens = 3 * 2**21,
     text_tokens: options.SaeTokens = 2**23,
+    stream: options.FromStream = False,
     lr: options.SaeRate = 2e-3,
     batch: options.SaeBatch = 1024,
     valid_tokens: options.SaeMeasured = 98_304,
@@ -274,7 +275,7 @@ def train_sae(
     from sae_lora.sae_run import run_train_sae, sae_card
 
     settings = dict(layer=layer, width=width, k=k, tokens=tokens, text_tokens=text_tokens, lr=lr)
-    settings |= dict(site=site, transcoder=transcoder, skip=skip)
+    settings |= dict(site=site, transcoder=transcoder, skip=skip, stream=stream)
     settings |= dict(batch=batch, valid_tokens=valid_tokens, half=half, device=device, seed=seed)
     r = run_train_sae(out, model, text, **settings, resume=resume, force=force)
     print(json.dumps(r, indent=1) if as_json else sae_card(r).split("---\n")[-1])

@@ -32,6 +32,7 @@ from .sae import fingerprint, save_sae
 from .sites import Site, for_json, point_of, site_of
 from .splice import check_saes
 from .states import harvest
+from .stream import fit_stream
 from .text import token_blocks
 from .train import fit_loras
 from .train_sae import fit_at, hooks_of
@@ -65,14 +66,30 @@ def _site(p: dict):
     point = "hook_mlp_out" if p.get("transcoder") else p.get("point")
     return Site(p["layer"], point) if point else p["layer"]
 
+# %% ../nbs/56_experiments.ipynb #e4a2ba5f
+def _options(p: dict) -> dict:
+    "What of a spec training is told."
+    return {name: p[name] for name in ("width", "k", "seed", "transcoder", "skip") if name in p}
+
+
+def _gathered(lm, rows, p: dict) -> tuple:
+    "An SAE trained on gathered states, its curve, and how many positions there were."
+    sae, curve, positions = fit_at(lm, rows, _site(p), p["tokens"], **_options(p))
+    return sae, curve, dict(positions=positions)
+
+
+def _streamed(lm, rows, p: dict) -> tuple:
+    "The same from a stream, and the seconds of it in which the model ran."
+    spec = dict(site=_site(p)) | _options(p)
+    ((sae, curve),) = fit_stream(lm, rows, [spec], p["tokens"], seed=p["seed"])
+    return sae, curve, {name: curve[-1][name] for name in ("positions", "model_seconds")}
+
 # %% ../nbs/56_experiments.ipynb #db6c7e37
 def _train_sae(lm, blocks, p: dict, folder: Path):
     "Train the SAE that `p` describes into `folder`; its configuration says how that went."
-    options = {name: p[name] for name in ("width", "k", "seed", "transcoder", "skip") if name in p}
-    sae, curve, positions = fit_at(lm, blocks.train, _site(p), p["tokens"], **options)
+    sae, curve, found = (_streamed if p.get("stream") else _gathered)(lm, blocks.train, p)
     last = curve[-1]
-    about = dict(loss=last["loss"], positions=positions, seconds=last["seconds"])
-    sae.cfg.metadata.training = about
+    sae.cfg.metadata.training = found | dict(loss=last["loss"], seconds=last["seconds"])
     save_sae(sae, folder)
 
 # %% ../nbs/56_experiments.ipynb #c7494150
@@ -88,7 +105,8 @@ def _trained(lm, blocks, spec: dict) -> Path:
 # %% ../nbs/56_experiments.ipynb #6137a801
 def trained_sae(lm, blocks, **spec):
     """A TopK SAE or transcoder, trained on `tokens` positions of the training rows, or from the
-    cache. A spec has `layer, width, k, seed`, and may have `point`, or `transcoder` and `skip`."""
+    cache. A spec has `layer, width, k, seed`, and may have `point`, or `transcoder` and `skip`, and
+    `stream`, to gather no states."""
     return load_sae(_trained(lm, blocks, spec))
 
 # %% ../nbs/56_experiments.ipynb #38d2c7f8
@@ -116,7 +134,8 @@ def _untrained(lm, blocks, runs: list[dict]) -> list:
     "Sites whose hidden states the SAEs in `runs` that are yet to be trained need."
     specs = [s for p in runs for s in _several(p["sae"]) if isinstance(s, dict)]
     every = [_made_of(lm, blocks, **s) for s in specs]
-    missing = [p for p in every if not cache_path("saes", key(p)).exists()]
+    gathered = [p for p in every if not p.get("stream")]
+    missing = [p for p in gathered if not cache_path("saes", key(p)).exists()]
     return sorted({site for p in missing for site in _reads(p)})
 
 # %% ../nbs/56_experiments.ipynb #44574c4a

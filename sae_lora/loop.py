@@ -95,8 +95,8 @@ def _groups(params: dict, scales: dict[str, float]) -> list[dict]:
 
 # %% ../nbs/37_loop.ipynb #d4c602c7
 def _adamw(params: dict, descent: Descent) -> torch.optim.AdamW:
-    "AdamW, one kernel on a GPU."
-    fused = all(p.is_cuda for p in params.values()) or None
+    "AdamW, which goes once over a parameter and its moments where there is a kernel that does so."
+    fused = all(p.device.type in ("cpu", "cuda") for p in params.values()) or None
     own = dict(lr=descent.lr, betas=descent.betas, weight_decay=descent.weight_decay)
     return torch.optim.AdamW(_groups(params, descent.scales), fused=fused, **own)
 

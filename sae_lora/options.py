@@ -6,9 +6,9 @@
 __all__ = ['Model', 'Source', 'Saes', 'Out', 'Device', 'Resume', 'Force', 'Json', 'Rank', 'Layers', 'Length', 'Recipe', 'Keep',
            'Batch', 'Seed', 'MANY', 'Tokens', 'Measured', 'Minutes', 'InPlaceOfMinutes', 'ValidText', 'Cut',
            'LearningRate', 'KeepUnspliced', 'Shard', 'SaeLayer', 'SaeSite', 'Transcoder', 'Skip', 'Width', 'K',
-           'SaeTokens', 'SaeRate', 'SaeBatch', 'SaeMeasured', 'Half', 'Folder', 'To', 'ReportFile', 'Experiment',
-           'Size', 'Every', 'Draw', 'Workers', 'Cluster', 'Gpus', 'Rate', 'SiteFolder', 'Serve', 'MOST_LAYERS',
-           'option', 'parse_saes', 'read_inputs', 'parse_layers', 'parse_batch', 'parse_parameters']
+           'SaeTokens', 'FromStream', 'SaeRate', 'SaeBatch', 'SaeMeasured', 'Half', 'Folder', 'To', 'ReportFile',
+           'Experiment', 'Size', 'Every', 'Draw', 'Workers', 'Cluster', 'Gpus', 'Rate', 'SiteFolder', 'Serve',
+           'MOST_LAYERS', 'option', 'parse_saes', 'read_inputs', 'parse_layers', 'parse_batch', 'parse_parameters']
 
 # %% ../nbs/70_options.ipynb #49661313
 from pathlib import Path
@@ -111,6 +111,13 @@ Width = option(int, "Number of latents.", min=1, max=2**31)
 K = option(int, "Active latents per position.", min=1)
 SaeTokens = option(
     int, "Different tokens of text to gather hidden states from, at most.", min=1, max=MANY
+)
+
+# %% ../nbs/70_options.ipynb #feb0cfa9
+FromStream = option(
+    bool,
+    "Run the model while the SAE trains, and keep no hidden states: for budgets that fill disks.",
+    "--stream",
 )
 
 # %% ../nbs/70_options.ipynb #73801423

@@ -18,6 +18,7 @@ from .metrics import fidelity, sparsity
 from .report import longest_row, run_folder, write_report
 from .sae import save_sae
 from .sites import Site, hook_point, site_entry, site_of
+from .stream import StreamOptions, fit_stream
 from .text import Blocks, token_blocks
 from .train_sae import fit_at, hooks_of
 
@@ -95,7 +96,7 @@ def _where(layer: int, site, transcoder: bool, skip: bool) -> dict:
     return dict(layer=at.layer) | own
 
 # %% ../nbs/65_sae_run.ipynb #cf861a54
-def _check_room(lm, out: Path, width: int, text_tokens: int):
+def _check_room(lm, out: Path, width: int, text_tokens: int, stream: bool = False):
     "Raise `UsageError` where an SAE of `width` fits into no memory, or its run on no disk."
     d_in, device = lm.config.get_text_config().hidden_size, device_of(lm)
     weights = 4 * width * (2 * d_in + 1)  # in float32
@@ -105,20 +106,29 @@ def _check_room(lm, out: Path, width: int, text_tokens: int):
             f"--width {width} needs about {need / 1e9:.0f} GB and {device} has "
             f"{has / 1e9:.0f}; give fewer latents"
         )
-    room(out, 7 * weights)  # two checkpoints at a time, and the SAE
-    room(cache_path("states"), 2 * d_in * text_tokens)  # hidden states
+    states = 2 * d_in * text_tokens
+    buffer = min(2 * 2 * d_in * StreamOptions.buffer, 2 * states)  # a transcoder's: two sites
+    # two checkpoints at a time, and the SAE; a stream has its buffer in the checkpoint
+    room(out, 7 * weights + (2 * buffer if stream else 0))
+    if not stream:
+        room(cache_path("states"), states)
 
 # %% ../nbs/65_sae_run.ipynb #d5cfb3db
 def _train(lm, blocks: Blocks, r: dict, tokens: int, lr: float, batch: int, state: Path) -> tuple:
     "The SAE that the report `r` describes, with a checkpoint at `state`; what to add to `r`."
     about = dict(model_name=r["model"], training_text=r["text"], text_hash=blocks.hash)
-    sizes = {name: r[name] for name in ("width", "k", "seed")}
-    options = dict(lr=lr, batch=batch, metadata=about, checkpoint=state, **sizes)
+    spec = dict(width=r["width"], k=r["k"])
+    options = dict(lr=lr, batch=batch, seed=r["seed"], metadata=about, checkpoint=state)
     if "hook_out" in r:
-        options |= dict(transcoder=True, skip=r["skip"])
-    site = site_of(r.get("hook_out", r["hook"]))
-    sae, curve, positions = fit_at(lm, blocks.train, site, tokens, **options)
-    return sae, dict(positions=positions, tokens=tokens, train_seconds=curve[-1]["seconds"])
+        spec |= dict(transcoder=True, skip=r["skip"])
+    site, rows = site_of(r.get("hook_out", r["hook"])), blocks.train
+    if r.get("stream"):
+        ((sae, curve),) = fit_stream(lm, rows, [spec | dict(site=site)], tokens, **options)
+        found = {name: curve[-1][name] for name in ("positions", "model_seconds")}
+    else:
+        sae, curve, positions = fit_at(lm, rows, site, tokens, **spec, **options)
+        found = dict(positions=positions)
+    return sae, found | dict(tokens=tokens, train_seconds=curve[-1]["seconds"])
 
 # %% ../nbs/65_sae_run.ipynb #3589a78f
 def _finish(out: Path, lm, sae, r: dict, rows: Tensor, half: bool) -> dict:
@@ -150,6 +160,7 @@ def run_train_sae(  # noqa: PLR0913, the options of a command
     valid_tokens=98_304,
     half=False,
     device=None,
+    stream=False,
     resume=False,
     force=False,
     seed=0,
@@ -158,8 +169,9 @@ def run_train_sae(  # noqa: PLR0913, the options of a command
 
     It stands at the output of block `layer`, or at `site`. With `transcoder` it replaces the MLP of
     that layer, with `skip` beside a skip connection.
-    `tokens` counts positions, `text_tokens` the different ones; with `half` the weights are
-    rounded to float16 in the file. With `resume` the stopped run in `out` goes on, with `force`
+    `tokens` counts positions, `text_tokens` the different ones; with `stream` the model runs while
+    the SAE trains and no hidden states are kept; with `half` the weights are rounded to float16 in
+    the file. With `resume` the stopped run in `out` goes on, with `force`
     what stands there is written over. Raises `UsageError` where the layer does not exist or `out`
     is not free, `Stopped` where it was told to stop."""
     out = Path(out)
@@ -170,9 +182,10 @@ def run_train_sae(  # noqa: PLR0913, the options of a command
         lm, tok = load_lm(model, device=device)
         _check_layer(lm, where["layer"], model)
         width_at(lm, site_of(where.get("hook_out", where["hook"])))  # it must be there
-        _check_room(lm, out, width, text_tokens)
+        _check_room(lm, out, width, text_tokens, stream)
         length = min(256, longest_row(lm))
         blocks = token_blocks(text, tok, length, text_tokens, valid_tokens)
         r = dict(model=model, text=text, **where, width=width, k=k, seed=seed)
+        r |= dict(stream=True) if stream else {}
         sae, done = _train(lm, blocks, r, tokens, lr, batch, out / STATE)
         return _finish(out, lm, sae, r | dict(length=length) | done, blocks.valid, half)

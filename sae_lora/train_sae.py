@@ -13,20 +13,14 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from .arithmetic import arithmetic
 from .checkpoint import Checkpoint
 from .devices import default_device
-from .files import RATES, SEEDS, UsageError, check_names, in_range
+from .files import UsageError, check_names
+from .learner import Learner, check_training
 from .lm import device_of
 from .loop import Descent, Watch, loop, order
 from .metrics import usual
-from sae_lora.new_saes import (
-    new_sae,
-    new_transcoder,
-    training_loss,
-    unscaled,
-    unscaled_transcoder,
-)
+from .new_saes import blank_sae, new_sae, unscaled
 from .sites import Site, hook_point, in_words, point_of
 from .splice import at_home
 from .states import harvest
@@ -46,28 +40,12 @@ def _training_device(x: Tensor, device) -> torch.device:
     return torch.device(default_device()) if x.device.type == "cpu" else x.device
 
 # %% ../nbs/43_train_sae.ipynb #5cc8a16d
-def _brought(x: Tensor, device: torch.device) -> Tensor:
+def _brought(x: Tensor | None, device: torch.device) -> Tensor | None:
     "Hidden states on `device` where it is a GPU with twice the room they need."
-    if device.type != "cuda" or x.device.type == "cuda":
+    if x is None or device.type != "cuda" or x.device.type == "cuda":
         return x
     free, _ = torch.cuda.mem_get_info(device)
     return x.to(device) if 2 * x.numel() * x.element_size() < free else x
-
-# %% ../nbs/43_train_sae.ipynb #aeaf1bcb
-def _reconstruction(sae, batch_at: Callable, silent: Tensor, dead_after: int) -> Callable:
-    """A function from a step to the training loss, per dimension.
-
-    `batch_at` gives what is read and what is to be written; `silent` counts, for each latent, the
-    positions since it fired."""
-
-    def losses_of(step):
-        x, y = batch_at(step)
-        with arithmetic(x.device)():
-            loss, latents = training_loss(sae, x, y, silent > dead_after)
-        silent.add_(len(x)).masked_fill_((latents > 0).any(0), 0)
-        yield loss / y.shape[1]
-
-    return losses_of
 
 # %% ../nbs/43_train_sae.ipynb #0983b01b
 @dataclass(frozen=True)
@@ -90,56 +68,18 @@ class SAEOptions:
     callback: Callable | None = None
     points: int = 50
 
-# %% ../nbs/43_train_sae.ipynb #c3ee2da6
-def _check_sae(tokens: int, width: int, k: int, lr: float, batch: int, seed: int):
-    "Raise `UsageError` for a number that makes no sense."
-    in_range("lr", lr, *RATES)
-    in_range("seed", seed, *SEEDS)
-    in_range("width", width, 1, 2**31)
-    in_range("k", k, 1, width)
-    in_range("batch", batch, 1, tokens)
-
-# %% ../nbs/43_train_sae.ipynb #c951984b
-@dataclass(frozen=True)
-class _Task:
-    "A fresh SAE or transcoder, what it reads and writes, and the factors of both."
-
-    sae: object
-    x: Tensor
-    y: Tensor
-    read: float
-    written: float
-
-    def finished(self):
-        "The SAE for use, in the unit of the model."
-        if self.x is self.y:
-            return unscaled(self.sae, self.read)
-        return unscaled_transcoder(self.sae, self.read, self.written)
-
-# %% ../nbs/43_train_sae.ipynb #e92d5984
-def _task(x: Tensor, which: Tensor, device, width: int, k: int, seed: int, given) -> _Task:
-    "The task of training on hidden states `x`, those with indices `which`."
-    some = which[:65_536]
-    about = dict(width=width, k=k, seed=seed, **given.metadata)
-    if given.targets is None:
-        sae, factor = new_sae(x[some].to(device), **about)
-        return _Task(sae, x, x, factor, factor)
-    y = _brought(given.targets, device)
-    made = new_transcoder(x[some].to(device), y[some].to(device), skip=given.skip, **about)
-    return _Task(made[0], x, y, *made[1:])
-
 # %% ../nbs/43_train_sae.ipynb #b0a26ca9
-def _batches(task: _Task, which: Tensor, at: Callable, device: torch.device):
-    "A function from a step to what is read and written at some of the positions `which`."
+def _taken(x: Tensor, y: Tensor | None, some: Tensor, device: torch.device) -> list[Tensor]:
+    "What is read, and what is written where that is another thing, at some positions."
+    return [states[some].to(device) for states in (x, y) if states is not None]
 
-    def batch_at(step):
-        some = which[at(step).to(which.device)]
-        x = task.x[some].to(device).float() * task.read
-        if task.y is task.x:
-            return x, x
-        return x, task.y[some].to(device).float() * task.written
-
-    return batch_at
+# %% ../nbs/43_train_sae.ipynb #1b512b4d
+def _learner(d_in: int, width: int, k: int, seed: int, device, given: SAEOptions) -> Learner:
+    "A fresh SAE, or transcoder where there are targets, on `device`."
+    coder = given.targets is not None
+    own = dict(transcoder=coder, skip=coder and given.skip)
+    sae = blank_sae(d_in, width, k, seed, **own, **given.metadata)
+    return Learner(sae.to(device), given.dead_after)
 
 # %% ../nbs/43_train_sae.ipynb #ec382622
 def _check_targets(x: Tensor, targets: Tensor | None):
@@ -166,25 +106,28 @@ def fit_sae(
     Gives the SAE and the curve, whose `loss` is the FVU plus the auxiliary loss. `tokens` counts
     positions, in random order, again where they run out. `options` are `SAEOptions`; with `targets`
     among them it is a transcoder, which learns to write those."""
-    _check_sae(tokens, width, k, lr, batch, seed)
+    check_training(tokens, width, k, lr, batch, seed)
     check_names(options, [f.name for f in fields(SAEOptions)])
     given = SAEOptions(**options)
     _check_targets(x, given.targets)
     device = _training_device(x, given.device)
-    x = _brought(x, device)
-    which = _usual_positions(x if given.targets is None else given.targets, device)
-    task = _task(x, which, device, width, k, seed, given)
-    silent = torch.zeros(width, dtype=torch.long, device=device)
-    batch_at = _batches(task, which, order(len(which), batch, seed), device)
-    losses_of = _reconstruction(task.sae, batch_at, silent, given.dead_after)
+    x, y = _brought(x, device), _brought(given.targets, device)
+    which = _usual_positions(x if y is None else y, device)
+    learner = _learner(x.shape[1], width, k, seed, device, given)
+    learner.begin(*_taken(x, y, which[:65_536], device))
+    at = order(len(which), batch, seed)
+
+    def losses_of(step):
+        yield learner.loss(*_taken(x, y, which[at(step).to(which.device)], device))
+
     run = dict(tokens=tokens, width=width, k=k, lr=lr, batch=batch, seed=seed, positions=len(which))
-    if given.targets is not None:
+    if y is not None:
         run["skip"] = given.skip
-    kept = Checkpoint(given.checkpoint, run | given.metadata, {"silent": silent})
+    kept = Checkpoint(given.checkpoint, run | given.metadata, learner.state())
     watch = Watch(given.measure, given.callback, given.points, f"SAE {width}, k={k}")
-    params, steps = [set_trainable(task.sae)], tokens // batch
+    params, steps = [set_trainable(learner.sae)], tokens // batch
     (curve,) = loop(losses_of, params, steps, batch, Descent(lr=lr), kept, watch)
-    return task.finished(), curve
+    return learner.finished(), curve
 
 # %% ../nbs/43_train_sae.ipynb #39815c20
 def hooks_of(site, transcoder: bool = False) -> dict[str, str]:

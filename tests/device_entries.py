@@ -725,6 +725,38 @@ def saes_for_hidden_states(device, dtype):
     )
 
 
+@covers(
+    "stream.fit_stream",
+    "stream.Stream",
+    "stream.StreamOptions",
+    "shuffle.Buffer",
+    "shuffle.Passes",
+    "learner.Learner",
+    "learner.check_training",
+    "new_saes.blank_sae",
+    "new_saes.centred",
+    "states.replaceable_states",
+    "metrics.stray_from",
+)
+def saes_from_a_stream(device, dtype):
+    lm, _ = loaded(device, dtype)
+    rows, file = blocks().train, fresh() / "state.safetensors"
+    specs = [dict(site=1, width=64, k=8)]
+    specs += [dict(site=api.Site(2, "hook_mlp_out"), width=64, k=8, transcoder=True, skip=True)]
+    options = dict(tokens=1280, batch=128, buffer=256, dead_after=300, points=5)
+    whole = api.fit_stream(lm, rows, specs, **options)
+    try:
+        api.fit_stream(lm, rows, specs, **options, checkpoint=file, callback=stopped_at(4))
+    except Stopped:
+        pass
+    again = api.fit_stream(lm, rows, specs, **options, checkpoint=file)
+    out = {}
+    for i, ((sae, curve), (other, _)) in enumerate(zip(whole, again)):
+        check_resumed(sae.W_dec, other.W_dec)
+        out[f"{i}"] = sae.W_dec, losses_of(curve)
+    return out
+
+
 # Sites within blocks.
 
 
