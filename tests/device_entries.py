@@ -700,7 +700,6 @@ def saes_end_to_end(device, dtype):
 @covers(
     "train_sae.fit_sae",
     "train_sae.SAEOptions",
-    "new_saes.new_sae",
     "new_saes.unscaled",
     "new_saes.training_loss",
     "states.harvest",
@@ -743,7 +742,7 @@ def saes_from_a_stream(device, dtype):
     rows, file = blocks().train, fresh() / "state.safetensors"
     specs = [dict(site=1, width=64, k=8)]
     specs += [dict(site=api.Site(2, "hook_mlp_out"), width=64, k=8, transcoder=True, skip=True)]
-    options = dict(tokens=1280, batch=128, buffer=256, dead_after=300, points=5)
+    options = dict(tokens=768, batch=128, buffer=256, dead_after=300, points=5)
     whole = api.fit_stream(lm, rows, specs, **options)
     try:
         api.fit_stream(lm, rows, specs, **options, checkpoint=file, callback=stopped_at(4))
@@ -805,7 +804,11 @@ def transcoders_trained(device, dtype):
     made, curve, _ = api.fit_at(
         lm, blocks().train, site, 1280, transcoder=True, skip=True, **options
     )
-    return dict(W_dec=made.W_dec, W_skip=made.W_skip, losses=losses_of(curve))
+    gathered = api.harvest(lm, blocks().train, [api.Site(1, "mlp.hook_in"), site])
+    x, y = (states.to(device) for states in gathered)
+    fresh_one, *factors = api.new_transcoder(x, y, width=64, k=8)
+    fresh_one = dict(b_enc=fresh_one.b_enc, factors=factors)
+    return dict(W_dec=made.W_dec, W_skip=made.W_skip, losses=losses_of(curve), fresh=fresh_one)
 
 
 @covers(
