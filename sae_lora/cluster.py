@@ -56,7 +56,7 @@ def _version() -> str:
     "The version of this package, as it is installed where this is called."
     return importlib.import_module("sae_lora").__version__
 
-
+# %% ../nbs/58_cluster.ipynb #b91a46d3
 def _same_version(asked: str):
     "Raise `UsageError` unless the client's version is this one."
     if asked != _version():
@@ -73,7 +73,7 @@ def _task(work: Callable, version: str, *parcels: dict[str, bytes]):
             _put(name, content)
     return work()
 
-
+# %% ../nbs/58_cluster.ipynb #9c0098f9
 def _step(work: Callable, version: str, *parcels: dict[str, bytes]) -> dict[str, bytes]:
     "The parcel of a step."
     return _packed(_task(work, version, *parcels))
@@ -96,7 +96,7 @@ def _gpus() -> int:
 
     return torch.cuda.device_count()
 
-
+# %% ../nbs/58_cluster.ipynb #0cd227d4
 def _environment(worker: int, of: int, gpus: int) -> dict[str, str]:
     "What tells one of several workers on this machine which part of it is its own."
     threads = os.environ.get("OMP_NUM_THREADS") or max(os.cpu_count() // of, 1)

@@ -301,7 +301,7 @@ def _seconds_of(saes: dict) -> dict:
     known = [training["seconds"] for training in every if training]
     return dict(sae_seconds=sum(known)) if known else {}
 
-
+# %% ../nbs/61_experiments.ipynb #6759520e
 def _about(lm, saes: dict, blocks) -> dict:
     "Where the SAEs are, and their sparsity and width."
     return dict(

@@ -34,7 +34,7 @@ def _is_fault(e: Exception) -> bool:
     "Whether `e` may be the fault of one run alone: a `UsageError`, or no memory."
     return isinstance(e, UsageError) or type(e).__name__ in ("MemoryError", "OutOfMemoryError")
 
-
+# %% ../nbs/59_grid.ipynb #20b49811
 def _tried(compute: Callable, runs: list[dict], keep: Callable) -> tuple[int, Exception | None]:
     "Compute runs, and `keep(p, metrics)` each: how many came to be, and what stopped it, if so."
     done = 0
@@ -71,7 +71,7 @@ def _do(steps: tuple[Step, ...], done: set[str]):
             step.work()
             done.add(name)
 
-
+# %% ../nbs/59_grid.ipynb #b13d9ae4
 def _here(groups: list[list[dict]], steps: dict, compute: Callable, keep: Callable) -> list:
     "Compute groups in this process, one after the other; what was wrong with some of them."
     faults, done = [], set()

@@ -24,7 +24,7 @@ def _random_sae(d_in: int, width: int, k: int, seed: int, metadata: dict, **opti
         torch.default_generator.manual_seed(seed)
         return TopKTrainingSAE(TopKTrainingSAEConfig(**about))
 
-
+# %% ../nbs/42_new_saes.ipynb #f095c499
 def blank_sae(
     d_in: int, width: int, k: int, seed: int = 0, transcoder=False, skip=False, **metadata
 ):
@@ -42,7 +42,7 @@ def _to_unit(x: Tensor) -> float:
     "The factor that brings hidden states to unit variance per dimension."
     return float((x - x.mean(0)).pow(2).mean().rsqrt())
 
-
+# %% ../nbs/42_new_saes.ipynb #b2e637fd
 @torch.no_grad()
 def centred(sae, x: Tensor, y: Tensor | None = None) -> tuple[float, float]:
     """Let a blank SAE start at the mean of hidden states like `x`; the factors of both its ends.
@@ -188,7 +188,7 @@ def _fired(which: Tensor, values: Tensor, latents: int) -> Tensor:
     times = values.new_zeros(latents)
     return times.index_add_(0, which.flatten(), (values > 0).to(times.dtype).flatten()) > 0
 
-
+# %% ../nbs/42_new_saes.ipynb #211d99db
 def training_loss(sae, x: Tensor, y: Tensor, dead: Tensor) -> tuple[Tensor, Tensor]:
     """The loss of a training SAE that reads `x` and is to write `y`, and which latents fired.
 

@@ -56,7 +56,7 @@ def _lives(note: dict) -> bool:
     "Whether the process that wrote a note is there, as far as can be seen."
     return note["host"] != platform.node() or psutil.pid_exists(note["process"])
 
-
+# %% ../nbs/70_status.ipynb #c640b8e4
 def _minutes_left(note: dict, missing: int) -> float | None:
     "Minutes until no row is missing, if rows come as they did since the run began."
     came = note["missing"] - missing
@@ -87,7 +87,7 @@ def _state(note: dict) -> State:
     asked = len(note["asked"])
     return State(note["experiment"], asked, asked - missing, computed, at, left)
 
-
+# %% ../nbs/70_status.ipynb #da778324
 def states() -> list[State]:
     "How far the experiments are that were started with this cache. Raises `UsageError`."
     return [_state(note) for note in _notes()]
@@ -102,7 +102,7 @@ def _in_words(state: State) -> str:
     left = "" if state.minutes_left is None else f", about {state.minutes_left:.0f} min left"
     return f"computing{left}"
 
-
+# %% ../nbs/70_status.ipynb #79dd7532
 def status_lines(found: list[State]) -> list[str]:
     "A line for each experiment, and one for each task that a worker is at."
     lines = []

@@ -96,7 +96,7 @@ def _norms(states: Tensor, some: Tensor) -> Tensor:
     parts = some.to(states.device).split(2**14)
     return torch.cat([states[part].float().norm(dim=-1).cpu() for part in parts])
 
-
+# %% ../nbs/46_stream.ipynb #8cd22527
 def _usual(norms: list[Tensor], limits: Tensor) -> Tensor:
     "Which positions are below the limit at every site."
     below = [own < limit for own, limit in zip(norms, limits)]
@@ -138,7 +138,8 @@ def _timed(stream: Stream):
 @torch.no_grad()
 def _refill(stream: Stream):
     "Fill the buffer from the pass, or from another one where it is over, and mix it."
-    rows, left, anew = stream.rows, len(stream.buffer), stream.rows.over()
+    rows, left = stream.rows, len(stream.buffer)
+    anew = rows.over()
     with _timed(stream), prepared(stream.lm, stream.how, rows.rows.shape[-1]):
         stream.buffer.free()
         if anew:

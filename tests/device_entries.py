@@ -729,6 +729,7 @@ def saes_for_hidden_states(device, dtype):
     "stream.Stream",
     "stream.StreamOptions",
     "shuffle.Buffer",
+    "shuffle.Slots",
     "shuffle.Passes",
     "learner.Learner",
     "learner.check_training",

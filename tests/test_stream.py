@@ -1,6 +1,5 @@
 """SAEs from a stream: what is handed out, how much is held, and that it goes on exactly."""
 
-import json
 import os
 import signal
 
@@ -75,7 +74,8 @@ def test_neighbours_are_parted():
 
 
 def test_the_buffer_is_bounded(monkeypatch):
-    lm, rows, most = tiny("llama"), some_rows(), []
+    lm, rows = tiny("llama"), some_rows()
+    most = []
     stream = Stream(lm, rows, at=[1, 2], written=[1, 2], size=100)
     before = [x.data_ptr() for x in stream.buffer.states]
     assert all(x.shape == (100, 32) and x.dtype == torch.bfloat16 for x in stream.buffer.states)
@@ -136,7 +136,8 @@ def test_saes_together_are_those_trained_alone():
 
 @pytest.mark.parametrize("stop", [4, 12, 28])
 def test_a_stopped_run_goes_on_exactly(stop, tmp_path):
-    lm, rows, file = tiny("llama"), some_rows(), tmp_path / "state.safetensors"
+    lm, rows = tiny("llama"), some_rows()
+    file = tmp_path / "state.safetensors"
     whole = fit_stream(lm, rows, SPECS, **GIVEN)
 
     def stopping(row):
@@ -172,7 +173,8 @@ def test_a_large_buffer_is_as_good_as_gathering():
 
 
 def test_what_is_not_yet_seen_is_not_counted():
-    lm, rows, told = tiny("llama"), some_rows(), []
+    lm, rows = tiny("llama"), some_rows()
+    told = []
     given = GIVEN | dict(points=32, tokens=800)
     fit_stream(lm, rows, SPECS[:1], **given, callback=lambda row: told.append(row["positions"]))
     assert told == [50 * i for i in range(1, 13)] + [600] * 4
@@ -232,21 +234,15 @@ def test_experiments_take_saes_from_a_stream(tmp_path, monkeypatch):
     from sae_lora.text import Blocks
 
     monkeypatch.setenv("SAE_LORA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("SAE_LORA_RESULTS", str(tmp_path))
     lm, rows = tiny("llama"), some_rows(200)
     blocks = Blocks(rows, rows[:4], "made up", "0" * 12, {})
     spec = dict(layer=1, width=64, k=4, tokens=3000)
     plain = experiments.trained_sae(lm, blocks, **spec)
     streamed = experiments.trained_sae(lm, blocks, **spec, stream=True)
     assert not torch.equal(plain.W_dec, streamed.W_dec)
-    lines = (tmp_path / "saes.jsonl").read_text().splitlines()
-    parameters, metrics = {}, {}
-    for row in map(json.loads, lines):
-        kind = row["parameters"].pop("stream", False)
-        parameters[kind], metrics[kind] = row["parameters"], row["metrics"]
-    assert parameters[True] == parameters[False]
-    assert 0 < metrics[True]["model_seconds"] < metrics[True]["train_seconds"]
-    assert metrics[False]["positions"] == 3000 and metrics[True]["positions"] == 2048  # 2 steps
+    gathered, passed = plain.cfg.metadata.training, streamed.cfg.metadata.training
+    assert 0 < passed["model_seconds"] < passed["seconds"]
+    assert gathered["positions"] == 3000 and passed["positions"] == 2048  # 2 steps
     runs = [dict(sae=[spec | dict(layer=2, stream=True), spec | dict(layer=3)])]
     assert experiments._untrained(lm, blocks, runs) == [3]  # what is streamed is not gathered
 
