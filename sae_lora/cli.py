@@ -60,14 +60,16 @@ def _command(**settings):
     return register
 
 # %% ../nbs/80_cli.ipynb #d41a2c01
+def _print(found, lines: list[str], as_json: bool):
+    "Print what was found, as JSON or in lines."
+    print(json.dumps(found, indent=1) if as_json else "\n".join(lines))
+
+
 def _say(r: dict, as_json: bool):
     "Print a report, as JSON or as a table with its sentence."
     from sae_lora.terminal import show
 
-    if as_json:
-        print(json.dumps(r, indent=1))
-    else:
-        show(r, Console())
+    _print(r, [], as_json) if as_json else show(r, Console())
 
 # %% ../nbs/80_cli.ipynb #072f68be
 def _tell(found: dict):
@@ -102,10 +104,7 @@ def check(
 
     parts = ready(model, saes, text, length, 3072, device=device)
     found = long_check(parts, adapter, training, tokens, valid_tokens)
-    if as_json:
-        print(json.dumps(found, indent=1))
-    else:
-        print(*summary(found), sep="\n")
+    _print(found, summary(found), as_json)
 
 # %% ../nbs/80_cli.ipynb #1545ad57
 @_command()
@@ -319,10 +318,7 @@ def status(as_json: options.Json = False):
     from sae_lora.status import states, status_lines
 
     found = states()
-    if as_json:
-        print(json.dumps([state._asdict() for state in found], indent=1))
-    else:
-        print(*status_lines(found), sep="\n")
+    _print([state._asdict() for state in found], status_lines(found), as_json)
 
 # %% ../nbs/80_cli.ipynb #beb999fe
 @_command(name="plan")
@@ -335,19 +331,14 @@ def planned(
     as_json: options.Json = False,
 ):
     "What experiments of a size cost: rows, tokens, operations, memory, hours. Nothing is computed."
-    in_range("--gpus", gpus, 1, 10**6)
-    if rate is not None:
-        in_range("--rate", rate, 1, 1e30)
     from sae_lora.notebooks import experiments, has_size
     from sae_lora.plan import plan, plan_lines, rate_here
 
     names = [name] if name and not every else [n for n in experiments() if has_size(n, size)]
     rate = rate or rate_here()
     lines = plan(names, size, rate, gpus)
-    if as_json:
-        print(json.dumps(dict(rate=rate, gpus=gpus, plan=lines), indent=1))
-    else:
-        print(*plan_lines(lines, rate, gpus), sep="\n")
+    told = dict(rate=rate, gpus=gpus, plan=lines)
+    _print(told, plan_lines(lines, rate, gpus), as_json)
 
 # %% ../nbs/80_cli.ipynb #24f7f665
 @_command(name="site")

@@ -142,11 +142,13 @@ Every = option(bool, "All experiments that have this size.", "--all")
 Draw = option(bool, "Draw from the rows there are; a missing row is an error.", "--draw")
 Workers = option(Optional[int], "Start so many workers on this machine.", min=1, max=1024)
 Cluster = option(Optional[str], "Address of a Dask scheduler, whose workers compute.")
-Gpus = option(int, "Devices that share the work.", min=1)
+Gpus = option(int, "Devices that share the work.", min=1, max=10**6)
 Rate = option(
     Optional[float],
     "Operations a second of one in matrix products; by default measured here.",
     show_default=False,
+    min=1,
+    max=1e30,
 )
 SiteFolder = option(Path, "Folder to build in.")
 Serve = option(bool, "Show it at http://localhost:4200 until stopped.", "--serve")

@@ -37,7 +37,11 @@ def test_a_pass_gives_each_position_once(size):
     n = len(gathered)
     assert n == 40 * 15
     stream = Stream(lm, rows, at=[1], written=[1], size=size)
-    first, second = (torch.cat([stream.take(25)[1] for _ in range(n // 25)]) for _ in range(2))
+
+    def one_pass():
+        return torch.cat([stream.take(25)[1] for _ in range(n // 25)])
+
+    first, second = one_pass(), one_pass()
     assert told_apart(first) == told_apart(second) == told_apart(gathered)
     assert not torch.equal(first, gathered) and not torch.equal(first, second)
     assert stream.told()["positions"] == n and stream.told()["passes"] == 2
