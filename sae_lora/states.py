@@ -8,7 +8,7 @@ __all__ = ['replaceable_states', 'harvest', 'known_states']
 # %% ../nbs/35_states.ipynb #1871a973
 import hashlib
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Iterable
 
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .anatomy import width_at
 from .arithmetic import Arithmetic, arithmetic, hold_memory, prepared
-from .files import cache_path, written
+from .files import alone, cache_path, written
 from .hidden import hidden_each
 from .lm import decoder_blocks, device_of, on_device, stack
 from .lora import without_lora
@@ -146,12 +146,27 @@ def _gather_replaceable(
     return dict(zip(at, found))
 
 # %% ../nbs/35_states.ipynb #728a3445
+def _missing(paths: dict[int, Path | None]) -> dict[int, Path | None]:
+    "Those of the files, by site, that are not there; a place in memory never is."
+    return {i: path for i, path in paths.items() if not (path and path.exists())}
+
+# %% ../nbs/35_states.ipynb #83127ae2
+@contextmanager
+def _each_alone(paths: Iterable[Path | None]):
+    "Inside, no other process makes one of these files; all take them in the same order."
+    with ExitStack() as locks:
+        for path in sorted(filter(None, paths)):
+            locks.enter_context(alone(path))
+        yield
+
+# %% ../nbs/35_states.ipynb #edbae7e9
 def _found_or_gathered(
     lm, rows: Tensor, paths: dict[int, Path | None], keep: str, batch: int, how: Arithmetic
 ) -> dict[int, Tensor]:
     "`_gather_replaceable`, but what files there are is read from them."
-    missing = {i: path for i, path in paths.items() if not (path and path.exists())}
-    found = _gather_replaceable(lm, rows, missing, keep, batch, how) if missing else {}
+    with _each_alone(_missing(paths).values()):
+        missing = _missing(paths)  # another process may have made one meanwhile
+        found = _gather_replaceable(lm, rows, missing, keep, batch, how) if missing else {}
     return found | {i: _mapped(paths[i], torch.bfloat16) for i in paths if i not in found}
 
 # %% ../nbs/35_states.ipynb #456ac2ad
@@ -193,8 +208,9 @@ def known_states(lm, rows: Tensor, layer: int, how: Arithmetic, batch: int = 8) 
     Computed as `how` says, and memory-mapped from a file in the cache."""
     embed = lm.get_input_embeddings().weight
     path = _states_path(lm, rows, "final", layer, how.bf16)
-    if not path.exists():
-        with prepared(lm, how, rows.shape[-1]):
-            chunks = _prefix_and_teacher(lm, rows, layer, batch, how)
-            _gathered(chunks, [2 * rows.numel() * embed.shape[1]], embed.dtype, [path])
+    with _each_alone([] if path.exists() else [path]):
+        if not path.exists():
+            with prepared(lm, how, rows.shape[-1]):
+                chunks = _prefix_and_teacher(lm, rows, layer, batch, how)
+                _gathered(chunks, [2 * rows.numel() * embed.shape[1]], embed.dtype, [path])
     return _mapped(path, embed.dtype).view(len(rows), 2, rows.shape[-1], -1)
