@@ -6,6 +6,7 @@
 __all__ = ['Stream', 'StreamOptions', 'fit_stream']
 
 # %% ../nbs/46_stream.ipynb #7b4e12e2
+import hashlib
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -257,6 +258,12 @@ def _state(stream: Stream, learners: list[Learner]) -> dict[str, Tensor]:
         own |= {f"{i}/{name}": t for name, t in learner.state().items()}
     return own
 
+# %% ../nbs/46_stream.ipynb #463128fa
+def _sources(lm, rows: Tensor) -> dict:
+    "What tells the model and the rows of a stream from others."
+    digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
+    return dict(model=lm.name_or_path, rows=digest)
+
 # %% ../nbs/46_stream.ipynb #92086913
 def _named(i: int, learner: Learner) -> dict:
     "The parameters of SAE number `i` by names that no other has."
@@ -297,7 +304,7 @@ def fit_stream(
     stream = _stream(lm, rows, told, given.buffer, batch, seed)
     learners = [_learner(lm, spec, seed, given) for spec in told]
     run = dict(tokens=tokens, lr=lr, batch=batch, seed=seed, buffer=given.buffer)
-    run |= dict(rows=list(rows.shape), specs=[str(spec) for spec in told])
+    run |= _sources(lm, rows) | dict(specs=[str(spec) for spec in told])
     kept = Checkpoint(given.checkpoint, run | given.metadata, _state(stream, learners))
     params = [_named(i, learner) for i, learner in enumerate(learners)]
     watch = Watch(_measure(stream, given), given.callback, given.points, _label(told))

@@ -12,7 +12,7 @@ from sae_lora.hidden import hidden, resume
 from sae_lora.lm import decoder_blocks, head, linears
 from sae_lora.lora import add_lora, lora_layers, lora_parameters, without_lora
 from sae_lora.models import four_models
-from sae_lora.objective import distill, distill_published
+from sae_lora.objective import Objective, distill, published_each
 from sae_lora.splice import Identity, splice
 
 IDS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -108,7 +108,8 @@ def test_loss_and_gradient_are_those_of_the_published_loop(any_lm):
             p.normal_(0, 0.1)
     W = head(any_lm)
     ours = distill(any_lm, saes, W, BATCH, keep="none")
-    theirs = distill_published(any_lm, saes, BATCH)
+    objective = Objective(W, keep="none")
+    (theirs,) = published_each(any_lm, {None: saes}, objective, BATCH)
     torch.testing.assert_close(ours * IDS.shape[1], theirs, rtol=1e-4, atol=1e-5)
     for a, b in zip(torch.autograd.grad(ours, params), torch.autograd.grad(theirs, params)):
         torch.testing.assert_close(a * IDS.shape[1], b, rtol=2e-3, atol=1e-4)

@@ -19,7 +19,6 @@ from device_entries import ENTRIES, judged, not_finite, public, recorded, tried
 from sae_lora import cli
 
 MODES = ("float32", "bfloat16")
-TOLERANCE = 1e-5  # of the size of a result: the device's attention adds in another order
 
 # What no entry tries, because it touches no tensor, or none on a device.
 NO_TENSORS = {
@@ -85,6 +84,7 @@ NO_TENSORS = {
     "options.read_inputs": "folders and texts",
     "cli.run": "runs a notebook",
     "cli.planned": "numbers",
+    "cli.status": "rows counted",
     "counted.*": "shapes and numbers; its models have no weights",
     "asked.*": "parameters of runs",
     "plan.*": "numbers",
@@ -158,7 +158,8 @@ def of(found: dict, entry: str, mode: str) -> dict:
 def test_numbers_on_a_device_are_the_cpus(found, entry):
     result = of(found, entry, "float32")
     assert not result["error"], result["error"]
-    assert result["apart"] < TOLERANCE, f"{result['path']} is off by {result['apart']:.1e}"
+    most = ENTRIES[entry].tolerance  # the device's attention adds in another order
+    assert result["apart"] < most, f"{result['path']} is off by {result['apart']:.1e}"
 
 
 @pytest.mark.parametrize("entry", ENTRIES)

@@ -164,6 +164,8 @@ def test_a_stopped_run_goes_on_exactly(stop, tmp_path):
         assert [timeless(row) for row in curve] == [timeless(row) for row in other]
     with pytest.raises(UsageError, match="seed=0, not seed=1"):
         fit_stream(lm, rows, SPECS, **GIVEN, checkpoint=file, seed=1)
+    with pytest.raises(UsageError, match="holds a run with rows="):
+        fit_stream(lm, rows.flip(0), SPECS, **GIVEN, checkpoint=file)
 
 
 def test_a_large_buffer_is_as_good_as_gathering():
