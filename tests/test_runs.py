@@ -16,7 +16,7 @@ KEYS = (
     "model saes text tokens seed recipe ce kl gap gap_closed kl_closed ci95 l0 fvu train_seconds "
     "tokens_per_second device peak_memory_bytes versions"
 ).split()
-SMALL = ["--tokens", "12288", "--valid-tokens", "2048", "--rank", "8"]
+SMALL = ["--tokens", "6144", "--valid-tokens", "1024", "--rank", "8"]
 
 
 def command(*arguments):
@@ -76,7 +76,7 @@ def test_two_processes_share_the_command(unbroken, tmp_path, options):
 
 def test_evaluate_measures_the_same(unbroken):
     out, report = unbroken
-    again = run("evaluate", out, "--valid-tokens", 2048)
+    again = run("evaluate", out, "--valid-tokens", 1024)
     assert all(k in again for k in KEYS)
     for model, value in report["ce"].items():
         assert abs(again["ce"][model] - value) < 1e-4
@@ -84,7 +84,7 @@ def test_evaluate_measures_the_same(unbroken):
 
 def test_evaluate_on_other_text(unbroken, ag_news):
     out, _ = unbroken
-    other = run("evaluate", out, "--text", ag_news, "--valid-tokens", 2048)
+    other = run("evaluate", out, "--text", ag_news, "--valid-tokens", 1024)
     assert other["text"] == str(ag_news) and other["ce"]["adapted"] < other["ce"]["spliced"]
 
 
@@ -155,7 +155,7 @@ def test_a_demo_by_time_is_resumed_with_the_tokens_it_chose(tmp_path):
 
 def test_the_check_of_a_run_is_in_its_report(unbroken):
     found = unbroken[1]["check"]
-    assert found["train_tokens"] == 12288 and found["warnings"] == [] and found["tokens"] == 4 * 255
+    assert found["train_tokens"] == 6144 and found["warnings"] == [] and found["tokens"] == 4 * 255
     assert found["saes"][0]["promised_l0"] == 32 and abs(found["saes"][0]["l0"] - 32) < 1
     assert set(found["beginnings"]) == {"<|endoftext|>", "<|im_start|>"}
 
