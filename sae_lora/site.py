@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .checked import read_json
+from .claims import claims_page
 from .files import UsageError, free_site, written
 from .notebooks import dev_module, experiments
 from .plan import plan_page
@@ -108,6 +109,7 @@ LISTS = {
     "_quarto.yml": {"chapters": _sidebar, "experiments": _experiments},
     "index.qmd": {"chapters": _words},
     "pages/paper-scale.qmd": {"plan": plan_page},
+    "pages/experiments.qmd": {"claims": claims_page},
 }
 
 # %% ../nbs/71_site.ipynb #373ddf0a

@@ -51,6 +51,7 @@ NO_TENSORS = {
     "pretrained.*": "loads on the CPU, and checks there",
     "plots.*": "tables in, figures out",
     "results.*": "rows of numbers in a file",
+    "claims.*": "rows of numbers, and words",
     "text.excerpts": "text",
     "sites.*": "names",
     "anatomy.Anatomy": "a record",
