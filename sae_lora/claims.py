@@ -143,7 +143,7 @@ class Finding(NamedTuple):
 
 # %% ../nbs/85_claims.ipynb #dec504f2
 NOT_TESTED = Finding("–", "–", "no rows", {"": "not tested"})
-ONE_SEED = "128 validation rows, one seed; KL: none kept"
+ONE_SEED = "validation rows, one seed; KL: none kept"
 
 # %% ../nbs/85_claims.ipynb #48ea1be6
 def curve_points(method: str) -> list[dict]:
@@ -306,9 +306,8 @@ def tokens_found() -> Finding:
         "at every size": together([more_than(e, 0.5) for e in bins]),
     }
     fewer = sum(e.value < 0.5 for e in bins)
-    said = (
-        f"{percent(share_of(k, n - k))} of tokens; fewer than half in {fewer} of {len(bins)} sizes"
-    )
+    share = percent(share_of(k, n - k))
+    said = f"{share} of changed tokens; fewer than half at {fewer} of {len(bins)} sizes"
     return Finding(said, "–", "tokens, as if independent; one seed", parts)
 
 # %% ../nbs/85_claims.ipynb #aa5d8c33

@@ -24,6 +24,7 @@ from .files import UsageError, free_site, written
 from .notebooks import dev_module, experiments
 from .plan import plan_page
 from .results import project
+from .two_measures import TWO_MEASURES
 
 # %% ../nbs/71_site.ipynb #27d0941d
 class Chapter(NamedTuple):
@@ -110,6 +111,7 @@ LISTS = {
     "index.qmd": {"chapters": _words},
     "pages/paper-scale.qmd": {"plan": plan_page},
     "pages/experiments.qmd": {"claims": claims_page},
+    "pages/two-measures.qmd": TWO_MEASURES,
 }
 
 # %% ../nbs/71_site.ipynb #373ddf0a

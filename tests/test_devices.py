@@ -52,6 +52,7 @@ NO_TENSORS = {
     "plots.*": "tables in, figures out",
     "results.*": "rows of numbers in a file",
     "claims.*": "rows of numbers, and words",
+    "two_measures.*": "rows of numbers, and words",
     "text.excerpts": "text",
     "sites.*": "names",
     "anatomy.Anatomy": "a record",
