@@ -107,7 +107,7 @@ def high_or_middle() -> pd.DataFrame:
 
 # %% ../nbs/86_two_measures.ipynb #7cb8df34
 def undone(helped: bool) -> float:
-    "The part of its effect that an adapter undoes, on tokens the splice helped or on those it hurt."
+    "The part of the effect of the splice that is undone, on tokens that it helped, or that it hurt."
     tenths = committed_rows("11_token_losses")[0]["metrics"]["tenths"]
     some = [t for t in tenths if (t["damage"] < 0) == helped]
     return sum(t["fall"] for t in some) / sum(t["damage"] for t in some)
