@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from sae_lora import claims
-from sae_lora.claims import VERDICTS, Estimate, claims_page, together
+from sae_lora import claims, verdicts
+from sae_lora.claims import claims_page
 from sae_lora.results import key
+from sae_lora.verdicts import VERDICTS, Estimate, joint_verdict
 
 AGREES, PARTLY, NO, NOT_TESTED = VERDICTS
 
@@ -33,7 +34,7 @@ def one(value: float, half: float = 0.01) -> Estimate:
     ],
 )
 def test_at_least_so_much(found, verdict):
-    assert claims.more_than(found, 0.3) == verdict
+    assert verdicts.more_than(found, 0.3) == verdict
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,7 @@ def test_at_least_so_much(found, verdict):
     ],
 )
 def test_falls(found, verdict):
-    assert claims.falls(found) == verdict
+    assert verdicts.falls(found) == verdict
 
 
 @pytest.mark.parametrize(
@@ -62,7 +63,7 @@ def test_falls(found, verdict):
     ],
 )
 def test_hardly_depends(found, verdict):
-    assert claims.hardly_depends(found, 0.05) == verdict
+    assert verdicts.hardly_depends(found, 0.05) == verdict
 
 
 @pytest.mark.parametrize(
@@ -75,7 +76,7 @@ def test_hardly_depends(found, verdict):
     ],
 )
 def test_improves(found, verdict):
-    assert claims.mostly_better(found) == verdict
+    assert verdicts.mostly_better(found) == verdict
 
 
 @pytest.mark.parametrize(
@@ -89,7 +90,7 @@ def test_improves(found, verdict):
     ],
 )
 def test_nothing_is_lost(found, verdict):
-    assert claims.kept(found) == verdict
+    assert verdicts.kept(found) == verdict
 
 
 @pytest.mark.parametrize(
@@ -103,13 +104,13 @@ def test_nothing_is_lost(found, verdict):
     ],
 )
 def test_a_claim_of_parts(parts, verdict):
-    assert together(parts) == verdict
+    assert joint_verdict(parts) == verdict
 
 
 def test_an_interval_over_seeds_is_students():
-    found = claims.over_seeds([1.0, 2.0, 3.0])
+    found = verdicts.over_seeds([1.0, 2.0, 3.0])
     assert found.value == 2 and found.high - found.value == pytest.approx(4.3027 / 3**0.5, 1e-4)
-    assert claims.over_seeds([1.0]) == Estimate(1.0)
+    assert verdicts.over_seeds([1.0]) == Estimate(1.0)
 
 
 def write(folder, experiment: str, rows: list[tuple[dict, dict]]):

@@ -51,6 +51,7 @@ NO_TENSORS = {
     "pretrained.*": "loads on the CPU, and checks there",
     "plots.*": "tables in, figures out",
     "results.*": "rows of numbers in a file",
+    "verdicts.*": "numbers, and words",
     "claims.*": "rows of numbers, and words",
     "two_measures.*": "rows of numbers, and words",
     "text.excerpts": "text",
