@@ -123,7 +123,8 @@ def layer_found() -> Finding:
 def size_found() -> Finding:
     "E7: the paper's share at every size of model."
     rows = committed_rows("05_model_size", rank=64)
-    ce, kl = (over_seeds([share(r).value for r in rows]) for share in (ce_closed, kl_closed))
+    ce = over_seeds([ce_closed(r).value for r in rows])
+    kl = over_seeds([kl_closed(r).value for r in rows])
     sizes = {r["parameters"]["model"] for r in rows}
     at_any = more_than(ce, 0.3) if len(sizes) > 1 else "not tested"
     over = f"{len(rows)} adapter seeds, one SAE"
