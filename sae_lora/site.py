@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .checked import read_json
+from .claims import claims_page
 from .files import UsageError, free_site, written
 from .notebooks import dev_module, experiments
 from .plan import plan_page
 from .results import project
+from .two_measures import TWO_MEASURES
 
 # %% ../nbs/71_site.ipynb #27d0941d
 class Chapter(NamedTuple):
@@ -108,6 +110,8 @@ LISTS = {
     "_quarto.yml": {"chapters": _sidebar, "experiments": _experiments},
     "index.qmd": {"chapters": _words},
     "pages/paper-scale.qmd": {"plan": plan_page},
+    "pages/experiments.qmd": {"claims": claims_page},
+    "pages/two-measures.qmd": TWO_MEASURES,
 }
 
 # %% ../nbs/71_site.ipynb #373ddf0a

@@ -1,0 +1,154 @@
+"""A verdict is never stronger than its rows: each rule, with made-up rows, in all four outcomes."""
+
+import json
+
+import pytest
+
+from sae_lora import claims, verdicts
+from sae_lora.claims import claims_page
+from sae_lora.results import key
+from sae_lora.verdicts import VERDICTS, Estimate, joint_verdict
+
+AGREES, PARTLY, NO, NOT_TESTED = VERDICTS
+
+
+def seeds(value: float, half: float = 0.01, n: int = 3) -> Estimate:
+    return Estimate(value, value - half, value + half, n)
+
+
+def one(value: float, half: float = 0.01) -> Estimate:
+    return seeds(value, half, 1)
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        (seeds(0.5), AGREES),
+        (one(0.5), PARTLY),  # one seed
+        (seeds(0.5, half=0.3), PARTLY),  # the interval reaches below
+        (Estimate(0.5), PARTLY),  # no interval
+        (one(0.1), NO),
+        (one(0.29, half=0.05), NOT_TESTED),  # too wide to tell
+        (Estimate(0.1), NOT_TESTED),
+        (None, NOT_TESTED),
+    ],
+)
+def test_at_least_so_much(found, verdict):
+    assert verdicts.more_than(found, 0.3) == verdict
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        ([seeds(0.5), seeds(0.3)], AGREES),
+        ([seeds(0.5), one(0.3)], PARTLY),
+        ([seeds(0.5, 0.2), seeds(0.3, 0.2)], PARTLY),
+        ([one(0.3), one(0.5)], NO),
+        ([one(0.3)], NOT_TESTED),
+        ([Estimate(0.3), Estimate(0.5)], NOT_TESTED),
+    ],
+)
+def test_falls(found, verdict):
+    assert verdicts.falls(found) == verdict
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        ([seeds(0.30), seeds(0.31)], AGREES),
+        ([one(0.30), one(0.31)], PARTLY),
+        ([one(0.3), one(0.5)], NO),
+        ([one(0.3)], NOT_TESTED),
+        ([one(0.3, 0.2), one(0.5, 0.2)], NOT_TESTED),
+    ],
+)
+def test_hardly_depends(found, verdict):
+    assert verdicts.hardly_depends(found, 0.05) == verdict
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        ([seeds(0.1), seeds(0.2)], AGREES),
+        ([one(0.1), one(0.2), one(-0.2)], PARTLY),
+        ([one(0.1), one(-0.2)], NO),
+        ([], NOT_TESTED),
+    ],
+)
+def test_improves(found, verdict):
+    assert verdicts.mostly_better(found) == verdict
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        (seeds(0.0, 0.005), AGREES),
+        (one(0.0, 0.005), PARTLY),
+        (one(-0.02), NO),
+        (one(0.0, 0.05), NOT_TESTED),
+        (Estimate(0.0), NOT_TESTED),
+    ],
+)
+def test_nothing_is_lost(found, verdict):
+    assert verdicts.kept(found) == verdict
+
+
+@pytest.mark.parametrize(
+    ("parts", "verdict"),
+    [
+        ([AGREES, AGREES], AGREES),
+        ([AGREES, NO], PARTLY),
+        ([PARTLY, NOT_TESTED], PARTLY),
+        ([NO, NOT_TESTED], NO),
+        ([NOT_TESTED], NOT_TESTED),
+    ],
+)
+def test_a_claim_of_parts(parts, verdict):
+    assert joint_verdict(parts) == verdict
+
+
+def test_an_interval_over_seeds_is_students():
+    found = verdicts.over_seeds([1.0, 2.0, 3.0])
+    assert found.value == 2 and found.high - found.value == pytest.approx(4.3027 / 3**0.5, 1e-4)
+    assert verdicts.over_seeds([1.0]) == Estimate(1.0)
+
+
+def write(folder, experiment: str, rows: list[tuple[dict, dict]]):
+    "Rows as they are kept, in a made-up project."
+    (folder / "nbs" / "experiments").mkdir(parents=True, exist_ok=True)
+    (folder / "data" / "results").mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(dict(key=key(p), parameters=p, metrics=m)) + "\n" for p, m in rows]
+    (folder / "data" / "results" / f"{experiment}.jsonl").write_text("".join(lines))
+
+
+def adapted(closed: float, kl: float, **metrics) -> dict:
+    ends = dict(gap_closed=[closed - 0.01, closed + 0.01])
+    share = dict(kl=dict(spliced=1.0, adapted=1 - kl), gap=1.0)
+    return dict(gap_closed=closed, ci95=ends) | share | metrics
+
+
+def test_rows_of_two_models_are_needed_for_every_size(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [(dict(model="a", rank=64, seed=s), adapted(0.45 + s / 100, 0.2)) for s in range(3)]
+    write(tmp_path, "05_model_size", rows)
+    assert list(claims.size_found().parts.values()) == [NOT_TESTED]
+    more = [(p | dict(model="b"), m) for p, m in rows]
+    write(tmp_path, "05_model_size", rows + more)
+    assert list(claims.size_found().parts.values()) == [AGREES]
+
+
+def test_a_measure_that_does_not_follow_makes_it_partly(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    common = dict(rank=64, layers="after", seed=0)
+    shares = {8: (0.5, 0.1), 16: (0.4, 0.3)}
+    rows = [(common | dict(k=k), adapted(*s, l0=k)) for k, s in shares.items()]
+    write(tmp_path, "02_sparsity", rows)
+    found = claims.scaling_found("02_sparsity", 64, "l0").parts
+    assert found["CE share falls"] == PARTLY and found["KL share falls"] == NOT_TESTED
+
+
+def test_every_claim_is_in_the_table():
+    page = claims_page()
+    for number, claim in claims.paper_claims().items():
+        assert f"| {number} [" in page and claim.source
+    assert "**agrees**" not in page  # nothing committed has seeds in every part of a claim
