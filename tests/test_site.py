@@ -154,6 +154,21 @@ def test_pages_draw_without_a_network(site):
         ), page
 
 
+@pytest.mark.parametrize(
+    "rule",
+    [
+        r"\.cell-output pre code \{ white-space: pre-wrap",
+        r"#quarto-sidebar \{ background: var\(--bs-body-bg\)",
+        r"^table \{[^}]*overflow-x: auto",
+        r"@media print",
+    ],
+)
+def test_style_keeps_pages_readable(root, rule):
+    "Outputs wrap, the sidebar follows the theme, wide tables scroll inside, and pages print."
+    style = (root / "styles.css").read_text()
+    assert re.search(rule, style, re.M) and "http" not in style and "@import" not in style
+
+
 def test_search_finds_splice(site):
     assert any(
         "splice" in json.dumps(entry).lower()
