@@ -154,6 +154,15 @@ def test_pages_draw_without_a_network(site):
         ), page
 
 
+def test_exported_code_is_on_its_page(site):
+    "Folded below its signature, constants too, and linked to its module."
+    for name, code in {"26_splice": "def", "39_recipes": "RECIPES"}.items():
+        text = (site / "nbs" / f"{name}.html").read_text()
+        folds = re.findall(r'<details class="source">.*?</details>', text, re.S)
+        assert any(code in re.sub("<[^>]*>", "", fold) for fold in folds), name
+        assert all(f"/sae_lora/{name[3:]}.py" in fold for fold in folds), name
+
+
 @pytest.mark.parametrize(
     "rule",
     [
