@@ -154,6 +154,30 @@ def test_pages_draw_without_a_network(site):
         ), page
 
 
+def test_exported_code_is_on_its_page(site):
+    "Folded below its signature, constants too, and linked to its module."
+    for name, code in {"26_splice": "def", "39_recipes": "RECIPES"}.items():
+        text = (site / "nbs" / f"{name}.html").read_text()
+        folds = re.findall(r'<details class="source">.*?</details>', text, re.S)
+        assert any(code in re.sub("<[^>]*>", "", fold) for fold in folds), name
+        assert all(f"/sae_lora/{name[3:]}.py" in fold for fold in folds), name
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        r"\.cell-output pre code \{ white-space: pre-wrap",
+        r"#quarto-sidebar \{ background: var\(--bs-body-bg\)",
+        r"^table \{[^}]*overflow-x: auto",
+        r"@media print",
+    ],
+)
+def test_style_keeps_pages_readable(root, rule):
+    "Outputs wrap, the sidebar follows the theme, wide tables scroll inside, and pages print."
+    style = (root / "styles.css").read_text()
+    assert re.search(rule, style, re.M) and "http" not in style and "@import" not in style
+
+
 def test_search_finds_splice(site):
     assert any(
         "splice" in json.dumps(entry).lower()
