@@ -13,38 +13,45 @@ from .files import written
 from .results import project
 from .site import between
 
-# %% ../nbs/81_reference.ipynb #63edc220
+# %% ../nbs/81_reference.ipynb #50bae7df
 def _default(parameter) -> str:
-    "The default of a parameter in words."
-    default = parameter.default
+    "The default of a parameter in words; nothing for a flag."
     if parameter.required:
         return "required"
-    if default is None or default is False:
-        return ""
-    values = default if isinstance(default, list | tuple) else [default]
+    values = parameter.default or []
+    values = values if isinstance(values, list) else [values]
     return ", ".join(f"`{value}`" for value in values)
 
-# %% ../nbs/81_reference.ipynb #569aef2d
-def _row(parameter) -> str:
-    "A parameter of a command as a row of a table in markdown."
+# %% ../nbs/81_reference.ipynb #5211f38e
+def _names(parameter) -> str:
+    "The names of an option, or that of an argument in capitals."
     names = [*parameter.opts, *parameter.secondary_opts]
     if not names[0].startswith("-"):
         names = [parameter.name.upper()]
-    shown = ", ".join(f"`{name}`" for name in names)
-    said = (parameter.help or "").replace("|", "\\|").replace("[", "\\[")
-    return f"| {shown} | {_default(parameter)} | {said} |"
+    return ", ".join(f"`{name}`" for name in names)
 
-# %% ../nbs/81_reference.ipynb #00a187e6
+# %% ../nbs/81_reference.ipynb #00e17dc0
+def _row(parameter) -> str:
+    "A parameter of a command as a row of a table in markdown."
+    said = (parameter.help or "").replace("|", "\\|").replace("[", "\\[")
+    return f"| {_names(parameter)} | {_default(parameter)} | {said} |"
+
+# %% ../nbs/81_reference.ipynb #24a60e0f
+def _section(name: str, command) -> list[str]:
+    "A command with its options, as lines of markdown."
+    head = ["", f"### sae-lora {name}", "", command.help, ""]
+    head += ["| option | default | |", "| --- | --- | --- |"]
+    return head + [_row(p) for p in command.params if p.name != "help"]
+
+# %% ../nbs/81_reference.ipynb #7ec7b46d
 def command_tables() -> str:
     "Every command with its options, as sections with tables in markdown."
     lines = []
     for name, command in typer.main.get_command(app).commands.items():
-        lines += ["", f"### sae-lora {name}", "", command.help, ""]
-        lines += ["| option | default | |", "| --- | --- | --- |"]
-        lines += [_row(p) for p in command.params if p.name != "help"]
+        lines += _section(name, command)
     return "\n".join([*lines, ""])
 
-# %% ../nbs/81_reference.ipynb #4cab226a
+# %% ../nbs/81_reference.ipynb #9b66869d
 PAGE = "pages/reference.qmd"
 
 
@@ -52,7 +59,7 @@ def reference_page() -> str:
     "The page of the command, with today's tables in it."
     return between((project() / PAGE).read_text(), "commands", command_tables())
 
-
+# %% ../nbs/81_reference.ipynb #a49161a1
 def write_reference():
     "Bring the page of the command up to date."
     text = reference_page()
