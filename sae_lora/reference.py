@@ -18,8 +18,9 @@ def _default(parameter) -> str:
     "The default of a parameter in words; nothing for a flag."
     if parameter.required:
         return "required"
-    values = parameter.default or []
-    values = values if isinstance(values, list) else [values]
+    if parameter.default is None or parameter.default is False:
+        return ""
+    values = parameter.default if isinstance(parameter.default, list) else [parameter.default]
     return ", ".join(f"`{value}`" for value in values)
 
 # %% ../nbs/81_reference.ipynb #5211f38e
