@@ -96,6 +96,7 @@ NO_TENSORS = {
     "experiments.paper_values": "a table",
     "notebooks.*": "runs notebooks",
     "site.*": "builds the site",
+    "reference.*": "words",
     "speed.*": "times and memory of one machine",
 }
 
