@@ -7,7 +7,7 @@ __all__ = ['NOT_TESTED', 'ONE_SEED', 'METRICS', 'TESTED_BY', 'DIGITISED', 'HEAD'
            'Finding', 'curve_points', 'reached_by', 'time_found', 'sweep', 'scaling_found', 'layer_found', 'size_found',
            'one_layer_found', 'many_found', 'metrics_found', 'steering_found', 'over_latents', 'paired',
            'ability_found', 'share_of', 'tokens_found', 'activations_found', 'Claimed', 'theirs', 'paper_claims',
-           'verdict_line', 'claims_page']
+           'verdict_line', 'claims_page', 'headline']
 
 # %% ../nbs/63_claims.ipynb #6a08e465
 from collections.abc import Callable
@@ -342,3 +342,10 @@ def claims_page() -> str:
     "The table of claims, in markdown."
     lines = [verdict_line(number, claim) for number, claim in paper_claims().items()]
     return "\n".join(["", HEAD, "| --- " * 6 + "|", *lines, ""])
+
+# %% ../nbs/63_claims.ipynb #62020aed
+def headline() -> str:
+    "The main finding in a sentence: both shares, and what their intervals are over."
+    found = size_found()
+    said = f"**{found.ce} of the lost cross-entropy comes back**, and {found.kl} of the KL"
+    return f"\n{said} (95 % intervals over {found.over}).\n"

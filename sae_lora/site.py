@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .checked import read_json
-from .claims import claims_page
+from .claims import claims_page, headline
 from .files import UsageError, free_site, written
 from .notebooks import dev_module, experiments
 from .plan import plan_page
@@ -109,7 +109,7 @@ def _experiments() -> str:
 LISTS = {
     "README.md": {"chapters": _table},
     "_quarto.yml": {"chapters": _sidebar, "experiments": _experiments},
-    "index.qmd": {"chapters": _words},
+    "index.qmd": {"chapters": _words, "headline": headline},
     "pages/paper-scale.qmd": {"plan": plan_page},
     "pages/experiments.qmd": {"claims": claims_page},
     "pages/two-measures.qmd": TWO_MEASURES,
