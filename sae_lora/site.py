@@ -180,8 +180,8 @@ def _for_nbdev(path: Path):
         if c.cell_type == "code" and not c.source.startswith("#|") and "import " in c.source:
             c.source = "#| eval: false\n" + c.source
     for i in reversed(range(len(nb.cells))):
-        if nb.cells[i].source.startswith("#| export\n"):
-            code = nb.cells[i].source.partition("\n")[2]
+        first, _, code = nb.cells[i].source.partition("\n")
+        if first == "#| export" and "```" not in code:  # a fence in a fence would end it
             nb.cells.insert(i + 1, nbformat.v4.new_markdown_cell(folded(code, path.stem)))
     nbformat.write(nb, path)
 

@@ -91,7 +91,8 @@ def test_experiments_at_a_glance(site, root):
             and f"{path.stem}.png" in page
             and f"{path.stem}.html" in page
         ), path.stem
-        part = page[page.index(f'{path.stem}.html"', page.index("<main")) :]
+        sections = page[page.index("</table>", page.index("<main")) :]  # below the table of claims
+        part = sections[sections.index(f'{path.stem}.html"') :]
         assert "<blockquote" in part and "<li>" in part[: part.find("<h2", 10)], path.stem
 
 
