@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from contextlib import chdir
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -156,14 +157,21 @@ def defined(code: str) -> str:
     return "source of " + ", ".join(names) if names else "imports"
 
 # %% ../nbs/74_site.ipynb #fdad8b6f
+@lru_cache(1)
+def _modules(root: Path) -> str:
+    "Where the modules of the package are read in the repository: the beginning of their address."
+    settings = configparser.ConfigParser()
+    settings.read(root / "settings.ini")
+    where = settings["DEFAULT"]
+    return f"{where['git_url']}/blob/{where['branch']}/sae_lora"
+
+
 def folded(code: str, stem: str) -> str:
     "An exported cell as markdown that opens on a click, with a link to its module."
-    settings = configparser.ConfigParser()
-    settings.read(project() / "settings.ini")
-    where, name = settings["DEFAULT"], stem.split("_", 1)[1]
-    link = f"{where['git_url']}/blob/{where['branch']}/sae_lora/{name}.py"
+    name = f"{stem.split('_', 1)[1]}.py"
     begin = f'<details class="source">\n<summary>{defined(code)}</summary>'
-    return f"{begin}\n\n```python\n{code}\n```\n\n[{name}.py]({link})\n\n</details>"
+    link = f"[{name}]({_modules(project())}/{name})"
+    return f"{begin}\n\n```python\n{code}\n```\n\n{link}\n\n</details>"
 
 # %% ../nbs/74_site.ipynb #fd0f129c
 def _for_nbdev(path: Path):

@@ -12,19 +12,11 @@ __all__ = ['BOTH', 'FIGURE', 'UNMEASURED', 'ONE_MODEL', 'TWO_MEASURES', 'which_l
 import pandas as pd
 
 from . import plots
-from .claims import ce_closed, committed_rows, kl_closed
+from .claims import ce_closed, committed_rows, experiment_called, kl_closed
 from .results import project
 
 # %% ../nbs/64_two_measures.ipynb #c8bd2ca6
-BOTH = (
-    "02_sparsity",
-    "03_width",
-    "04_layer",
-    "05_model_size",
-    "06_one_layer",
-    "07_many_saes",
-    "15_recipe",
-)
+BOTH = (2, 3, 4, 5, 6, 7, 15)  # the numbers of experiments whose rows hold both shares
 
 
 def which_layers(p: dict) -> str:
@@ -45,7 +37,8 @@ def two_shares(row: dict) -> dict:
 # %% ../nbs/64_two_measures.ipynb #e3060503
 def shares_table() -> pd.DataFrame:
     "Both shares of every committed row that holds them."
-    rows = [(name, row) for name in BOTH for row in committed_rows(name)]
+    names = [experiment_called(number) for number in BOTH]
+    rows = [(name, row) for name in names for row in committed_rows(name)]
     return pd.DataFrame([dict(experiment=name) | two_shares(row) for name, row in rows])
 
 # %% ../nbs/64_two_measures.ipynb #6a5a0108

@@ -62,20 +62,17 @@ def hardly_depends(found: list[Estimate], spread: float) -> str:
     "Whether numbers lie within `spread` of one another."
     if len(found) < 2:
         return "not tested"
-    largest, smallest = max(found), min(found)
-    return more_than(
-        difference(Estimate(spread, spread, spread, 99), difference(largest, smallest))
-    )
+    return more_than(difference(min(found), max(found)), -spread)
 
 # %% ../nbs/62_verdicts.ipynb #5454c0aa
 def mostly_better(found: list[Estimate]) -> str:
-    "Whether several changes are for the better (positive)."
-    if not found:
-        return "not tested"
+    "Whether several changes are for the better (positive); `no` if one is clearly for the worse."
     each = {more_than(e) for e in found}
     if each == {"agrees"}:
         return "agrees"
-    return "partly" if sum(e.value > 0 for e in found) > len(found) / 2 else "no"
+    if sum(e.value > 0 for e in found) > len(found) / 2:
+        return "partly"
+    return "no" if "no" in each else "not tested"
 
 # %% ../nbs/62_verdicts.ipynb #41559ebc
 def kept(found: Estimate | None, margin: float = 0.01) -> str:
@@ -90,8 +87,8 @@ def kept(found: Estimate | None, margin: float = 0.01) -> str:
 # %% ../nbs/62_verdicts.ipynb #9b52e284
 def joint_verdict(parts: list[str]) -> str:
     "The verdict on several parts: theirs if they agree, else `partly` if any part holds."
-    if len(set(parts)) == 1:
-        return parts[0]
+    if len(set(parts)) < 2:
+        return parts[0] if parts else "not tested"
     return "partly" if {"agrees", "partly"} & set(parts) else "no"
 
 # %% ../nbs/62_verdicts.ipynb #8b596df1

@@ -3,6 +3,7 @@
 The suite runs in as many processes as there are cores; each computes with its share of them.
 """
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -34,6 +35,13 @@ def pytest_xdist_auto_num_workers(config) -> int:
 def pytest_collection_modifyitems(items):
     "The longest files first: a file's tests stay in one process, for they share what is costly."
     items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
+def forkserver(modules: list[str]):
+    "Where processes come from that have imported these modules already."
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(modules)
+    return context
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,12 @@ These processes are forked from one that has imported what chapters import, whic
 short chapter takes.
 """
 
-import multiprocessing
 import os
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import forkserver
 
 from sae_lora.notebooks import stale_chapters
 
@@ -20,9 +20,7 @@ IMPORTED = ["nbdev.test", "peft", "sae_lens", "sae_lora.cli", "sae_lora.plots", 
 @pytest.fixture(scope="module")
 def forks():
     "Where processes that have imported all that come from."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED)
-    return context
+    return forkserver(IMPORTED)
 
 
 def run_chapter(path: Path, said: Path):

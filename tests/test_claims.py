@@ -72,6 +72,7 @@ def test_hardly_depends(found, verdict):
         ([seeds(0.1), seeds(0.2)], AGREES),
         ([one(0.1), one(0.2), one(-0.2)], PARTLY),
         ([one(0.1), one(-0.2)], NO),
+        ([Estimate(0.1), Estimate(-0.1)], NOT_TESTED),
         ([], NOT_TESTED),
     ],
 )
@@ -101,6 +102,7 @@ def test_nothing_is_lost(found, verdict):
         ([PARTLY, NOT_TESTED], PARTLY),
         ([NO, NOT_TESTED], NO),
         ([NOT_TESTED], NOT_TESTED),
+        ([], NOT_TESTED),
     ],
 )
 def test_a_claim_of_parts(parts, verdict):
@@ -135,6 +137,9 @@ def test_rows_of_two_models_are_needed_for_every_size(tmp_path, monkeypatch):
     more = [(p | dict(model="b"), m) for p, m in rows]
     write(tmp_path, "05_model_size", rows + more)
     assert list(claims.size_found().parts.values()) == [AGREES]
+    low = [(p | dict(model="c"), adapted(0.1 + p["seed"] / 100, 0.2)) for p, _ in rows]
+    write(tmp_path, "05_model_size", rows + low)  # the mean of all would lie within the bound
+    assert list(claims.size_found().parts.values()) == [PARTLY]
 
 
 def test_a_measure_that_does_not_follow_makes_it_partly(tmp_path, monkeypatch):

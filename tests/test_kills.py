@@ -4,7 +4,6 @@ Its SAE, its adapters and their rows are each made in steps that are written dow
 costs is the time since the last of these. `$SAE_LORA_KILLS` sets how many kills are tried.
 """
 
-import multiprocessing
 import os
 import random
 import time
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import forkserver
 from device_entries import model_folder, text_file
 
 from sae_lora.results import Results, rows_path
@@ -25,8 +25,7 @@ OF_TIME = {"train_seconds", "sae_seconds", "tokens_per_second"}
 @pytest.fixture(scope="module")
 def forks():
     "Where processes that have imported all come from."
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LOADED)
+    context = forkserver(LOADED)
     first = context.Process(target=time.sleep, args=(0,))  # the imports are not timed
     first.start()
     first.join()
