@@ -123,8 +123,8 @@ def layer_found() -> Finding:
 def shares_over_seeds(model: str) -> tuple[Estimate, Estimate]:
     "Both shares of a model with its SAE at rank 64, over seeds of the adapter."
     rows = committed_rows("05_model_size", rank=64, model=model)
-    closed = (ce_closed, kl_closed)
-    return tuple(over_seeds([share(r).value for r in rows]) for share in closed)
+    ce = over_seeds([ce_closed(r).value for r in rows])
+    return ce, over_seeds([kl_closed(r).value for r in rows])
 
 
 def size_found() -> Finding:
