@@ -22,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub
 ROOT = Path(__file__).parent.parent
 
 
-LONGEST = ("test_chapters", "test_experiments", "test_hostile", "test_devices")
+LONGEST = ("test_chapters", "test_experiments", "test_runs", "test_hostile", "test_devices")
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
