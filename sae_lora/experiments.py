@@ -10,7 +10,7 @@ __all__ = ['WORLD', 'RUN', 'world', 'trained_sae', 'saes_at', 'gather', 'sae_ste
 import hashlib
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ from .formats import load_sae
 from .lm import load_lm
 from .lora import add_lora, lora_parameters
 from .metrics import fidelities, sparsity
-from .processes import processes
+from .processes import agreed, leads, processes
 from .recipes import RECIPES
 from .results import key, project
 from .sae import fingerprint, save_sae
@@ -44,7 +44,7 @@ WORLD = ("model", "text", "length", "text_tokens", "valid_tokens")
 @lru_cache(1)
 def world(model: str, text: str, length: int, text_tokens: int, valid_tokens: int) -> tuple:
     "Model, tokenizer and blocks of text, kept until other ones are asked for."
-    lm, tok = load_lm(model)
+    lm, tok = load_lm(model, spread=bool(processes()))
     return lm, tok, token_blocks(text, tok, length, text_tokens, valid_tokens)
 
 # %% ../nbs/61_experiments.ipynb #09360125
@@ -93,12 +93,22 @@ def _train_sae(lm, blocks, p: dict, folder: Path):
     save_sae(sae, folder)
 
 # %% ../nbs/61_experiments.ipynb #c7494150
+def _check_alone(folder: Path):
+    "Raise `UsageError` where several processes would have to train an SAE."
+    if processes():
+        told = f"several processes train adapters, and an SAE is yet to be trained ({folder.name})"
+        raise UsageError(
+            f"{told}; run the experiment once without torchrun, or name a finished SAE"
+        )
+
+
 def _trained(lm, blocks, spec: dict) -> Path:
     "The folder of the SAE of a spec, which is trained if it is not there."
     p = _made_of(lm, blocks, **spec)
     folder = cache_path("saes", key(p))
     with alone(folder):
         if not folder.exists():
+            _check_alone(folder)
             _train_sae(lm, blocks, p, folder)
     return folder
 
@@ -143,7 +153,8 @@ def gather(runs: list[dict]):
     """Put hidden states that the SAEs of `runs` (`sae`, a spec or a list) are yet to be trained on
     into the cache: one pass for all sites."""
     lm, _, blocks = world(*(runs[0][k] for k in WORLD))
-    if sites := _untrained(lm, blocks, runs):
+    sites = _untrained(lm, blocks, runs)
+    if sites and not processes():
         harvest(lm, blocks.train, sites, cached=True)
 
 # %% ../nbs/61_experiments.ipynb #7c420302
@@ -255,18 +266,27 @@ def _fit(lm, saes: dict, rows, names: list[str], p: dict, checkpoint: Path) -> d
         **{k: p[k] for k in ("lr", "keep_unspliced") if k in p},
     )
 
+# %% ../nbs/61_experiments.ipynb #c0878bfd
+@contextmanager
+def _alone(path: Path):
+    "`alone` for all processes of a run: the first holds the lock, the others wait until it has it."
+    with alone(path) if leads() else nullcontext():
+        agreed()
+        yield
+
 # %% ../nbs/61_experiments.ipynb #cbb5b8cb
 def _fitted(lm, saes: dict, rows, names: list[str], runs: tuple[dict, ...]) -> dict:
     "The curves of the adapters `names`, which are trained, or recalled where one was kept."
     file = _adapter_file(lm, saes, rows, runs[0]) if len(runs) == 1 else None
     checkpoint = _checkpoint_file(lm, saes, rows, runs)
-    with alone(checkpoint):
-        if file and file.exists():
+    with _alone(checkpoint):
+        if file and agreed(file.exists()):
             return _recalled(lm, file)
         curves = _fit(lm, saes, rows, names, runs[0], checkpoint)
-        if file:
+        if file and leads():
             _kept(lm, curves, file)
-        checkpoint.unlink(missing_ok=True)
+        if leads():
+            checkpoint.unlink(missing_ok=True)
     return curves
 
 # %% ../nbs/61_experiments.ipynb #2d086795

@@ -18,6 +18,7 @@ import pandas as pd
 
 from .cluster import Job, Step, connected, in_order, submitted
 from .files import UsageError, cache_path, written
+from .processes import agreed, leads
 from .results import Results, key, provenance, rows_path
 
 # %% ../nbs/59_grid.ipynb #7901864a
@@ -116,6 +117,8 @@ def _by_workers(address: str, jobs: dict[str, Job], keep: Callable) -> list[Exce
 # %% ../nbs/59_grid.ipynb #c272b029
 def _note(experiment: str, runs: list[dict], missing: int, kept_in: str):
     "Write down what was asked for, and who computes what is missing."
+    if not leads():
+        return
     about = dict(
         experiment=experiment,
         rows=str(rows_path(experiment, kept_in).absolute()),
@@ -131,12 +134,14 @@ def _note(experiment: str, runs: list[dict], missing: int, kept_in: str):
 
 # %% ../nbs/59_grid.ipynb #4e55bef3
 def _keeper(experiment: str, missing: int, kept_in: str) -> Callable:
-    "A function that keeps a row and says how many are left."
+    "A function that keeps a row and says how many are left; of several processes the first does."
     results, began = Results(rows_path(experiment, kept_in)), time.time()
     done = 0
 
     def keep(p: dict, metrics: dict, made_with: dict | None = None):
         nonlocal done
+        if not leads():
+            return
         results.add(p, metrics, made_with)
         done += 1
         left = (time.time() - began) / done * (missing - done) / 60
@@ -206,5 +211,6 @@ def rows_of(
         steps = dict(zip(map(key, missing), needs(missing))) if needs else {}
         keep = _keeper(experiment, len(missing), kept_in)
         _compute(experiment, together(missing, but), steps, compute, keep)
+        agreed()  # now all rows are written, for whichever process reads them
         rows = _rows_in((*also, experiment), kept_in)
     return pd.json_normalize([p | rows[key(p)]["metrics"] for p in runs])

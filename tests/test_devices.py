@@ -78,6 +78,7 @@ NO_TENSORS = {
     "devices.default_dtype": "asks the hardware, in test_lm",
     "processes.processes": "several processes, in test_train",
     "processes.leads": "several processes, in test_train",
+    "processes.agreed": "several processes, in test_sharded",
     "lm.shard": "several processes, in test_train",
     "lm.sharded": "several processes, in test_train",
     "adapters.push_to_hub": "files",
