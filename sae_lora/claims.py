@@ -7,7 +7,7 @@ __all__ = ['NOT_TESTED', 'ONE_SEED', 'METRICS', 'DIGITISED', 'HEAD', 'committed_
            'curve_points', 'reached_by', 'time_found', 'sweep', 'scaling_found', 'layer_found', 'shares_over_seeds',
            'size_found', 'one_layer_found', 'many_found', 'metrics_found', 'steering_found', 'over_latents', 'paired',
            'ability_found', 'share_of', 'tokens_found', 'activations_found', 'Claimed', 'experiment_called', 'theirs',
-           'paper_claims', 'verdict_line', 'claims_page', 'headline']
+           'paper_claims', 'verdict_line', 'claims_page', 'verdicts_on', 'headline']
 
 # %% ../nbs/63_claims.ipynb #6a08e465
 from collections.abc import Callable
@@ -17,10 +17,10 @@ from typing import NamedTuple
 import numpy as np
 
 from .experiments import paper_values
+from .metrics import Estimate, over_seeds, percent
 from .results import Results, project
 from sae_lora.verdicts import (
     VERDICTS,
-    Estimate,
     difference,
     falls,
     from_to,
@@ -29,8 +29,6 @@ from sae_lora.verdicts import (
     kept,
     more_than,
     mostly_better,
-    over_seeds,
-    percent,
 )
 
 # %% ../nbs/63_claims.ipynb #dc6ec7e0
@@ -93,7 +91,7 @@ def time_found() -> Finding:
         "the end-to-end SAE ends below the SAE alone": more_than(lower),
     }
     said = f"{slow / ours:.1f} times sooner; the SAE alone, without LoRA, {slow / alone:.1f} times"
-    return Finding(said, "–", "no interval, one seed", parts)
+    return Finding(said, "–", "none; one seed", parts)
 
 # %% ../nbs/63_claims.ipynb #f148a280
 def sweep(experiment: str, rank: int, by: str) -> tuple[list[dict], list[Estimate], list[Estimate]]:
@@ -339,6 +337,23 @@ def claims_page() -> str:
     "The table of claims, in markdown."
     lines = [verdict_line(number, claim) for number, claim in paper_claims().items()]
     return "\n".join(["", HEAD, "| --- " * 6 + "|", *lines, ""])
+
+# %% ../nbs/63_claims.ipynb #68d6e5c5
+def _sentences(number: str, claim: Claimed) -> str:
+    "A claim, what the paper says, and what the rows say, as an item of a list."
+    found = claim.find()
+    verdict = joint_verdict(list(found.parts.values()))
+    told = f"- **{verdict}**: {claim.says} ({number}). The paper: {claim.paper} ({claim.source})."
+    if found == NOT_TESTED:
+        return f"{told} No rows yet."
+    here = found.ce if found.kl == "–" else f"CE closed {found.ce}, KL closed {found.kl}"
+    return f"{told} Here: {here} (95 % intervals: {found.over})."
+
+
+def verdicts_on(experiment: str) -> list[str]:
+    "The verdicts on the claims that an experiment answers, a line each; beyond the paper, none."
+    claims = paper_claims().items()
+    return [_sentences(number, c) for number, c in claims if c.experiment == experiment]
 
 # %% ../nbs/63_claims.ipynb #62020aed
 def headline() -> str:

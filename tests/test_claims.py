@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from sae_lora import claims, verdicts
+from sae_lora import claims, metrics, verdicts
 from sae_lora.claims import claims_page
+from sae_lora.metrics import Estimate
 from sae_lora.results import key
-from sae_lora.verdicts import VERDICTS, Estimate, joint_verdict
+from sae_lora.verdicts import VERDICTS, joint_verdict
 
 AGREES, PARTLY, NO, NOT_TESTED = VERDICTS
 
@@ -110,9 +111,9 @@ def test_a_claim_of_parts(parts, verdict):
 
 
 def test_an_interval_over_seeds_is_students():
-    found = verdicts.over_seeds([1.0, 2.0, 3.0])
+    found = metrics.over_seeds([1.0, 2.0, 3.0])
     assert found.value == 2 and found.high - found.value == pytest.approx(4.3027 / 3**0.5, 1e-4)
-    assert verdicts.over_seeds([1.0]) == Estimate(1.0)
+    assert metrics.over_seeds([1.0]) == Estimate(1.0)
 
 
 def write(folder, experiment: str, rows: list[tuple[dict, dict]]):

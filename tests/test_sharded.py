@@ -91,7 +91,8 @@ def train(folder: Path, run: dict, dies_at: int | None):
     from sae_lora.train import fit_loras
 
     run = dict(run)
-    lm, saes, layers = tiny("llama"), {1: random_sae()}, run.pop("layers")
+    layers = run.pop("layers")
+    lm, saes = tiny("llama"), {1: random_sae()}
     whole = own_bytes(lm)
     if processes():
         shard(lm)
