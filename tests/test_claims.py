@@ -1,6 +1,7 @@
 """A verdict is never stronger than its rows: each rule, with made-up rows, in all four outcomes."""
 
 import json
+import re
 
 import pytest
 
@@ -158,3 +159,22 @@ def test_every_claim_is_in_the_table():
     for number, claim in claims.paper_claims().items():
         assert f"| {number} [" in page and claim.source
     assert "**agrees**" not in page  # nothing committed has seeds in every part of a claim
+
+
+SOURCES = ("abstract", "Fig. ", "scaling figure", "published code", "could not be read")
+
+
+def test_what_is_said_of_the_paper_has_a_source(root):
+    told = 0
+    for path in (root / "nbs" / "experiments").glob("*.ipynb"):
+        for cell in json.loads(path.read_text())["cells"]:
+            text = "".join(cell["source"])
+            for paragraph in text.split("\n\n"):
+                if cell["cell_type"] == "markdown" and re.match(
+                    "The paper|In the paper", paragraph
+                ):
+                    told += 1
+                    assert any(source in paragraph for source in SOURCES), (path.name, paragraph)
+    assert told > 4
+    for number, claim in claims.paper_claims().items():
+        assert any(s in claim.source for s in ("abstract", "digitised", "second-hand", "not read"))
