@@ -155,8 +155,11 @@ def _token(token: str | None, x: float, y: float, peak: float) -> str:
     if token is None:
         return _BREAK
     text = escape(token).replace("\n", "⏎")
+    if x <= 0 and y <= 0:
+        return text
+    word = text.lstrip(" ") or text
     levels = f"--a:{_level(x, peak)};--b:{_level(y, peak)}"
-    return f"<i style={levels}>{text}</i>" if x > 0 or y > 0 else text
+    return f"{text[: len(text) - len(word)]}<i style={levels}>{word}</i>"
 
 # %% ../nbs/49_cards.ipynb #bd68d56c
 def peak_of(card: dict, compare=("base", "adapted")) -> float:
@@ -182,7 +185,8 @@ PASSAGE_STYLE = """
 # %% ../nbs/49_cards.ipynb #1b4071f7
 def tokens_html(tokens: list[str], n: int = 6) -> str:
     "The first `n` tokens as HTML."
-    return " ".join(f"<code>{escape(t)}</code>" for t in tokens[:n])
+    shown = [escape(t).replace("\n", "⏎") for t in tokens[:n]]
+    return " ".join(f"<code>{t}</code>" for t in shown)
 
 # %% ../nbs/49_cards.ipynb #4baddd04
 def _card(card: dict, compare) -> str:

@@ -148,12 +148,12 @@ def _continued(record: dict, about: dict) -> str:
 # %% ../nbs/85_explorer.ipynb #08beac81
 def _body(record: dict, about: dict) -> str:
     "What stands below the line of a latent, as HTML."
-    promotes, suppresses = (tokens_html(record[k], 8) for k in ("promotes", "suppresses"))
-    return (
-        f"<h2>Promotes</h2><p class=tokens>{promotes}</p>"
-        f"<h2>Suppresses</h2><p class=tokens>{suppresses}</p>"
-        f"{_passages(record)}{_continued(record, about)}"
-    )
+    sides = []
+    for name in ("promotes", "suppresses"):
+        tokens = tokens_html(record[name], 8)
+        sides.append(f"<div><h2>{name.title()}</h2><p class=tokens>{tokens}</p></div>")
+    both = f"<div class=said>{''.join(sides)}</div>"
+    return both + _passages(record) + _continued(record, about)
 
 # %% ../nbs/85_explorer.ipynb #2a223883
 def _line(record: dict) -> str:

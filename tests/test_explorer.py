@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -247,7 +248,7 @@ addEventListener("load", async () => {
   type("nowhere to be found"); said.none = shown(); said.told = told.value;
   document.body.innerHTML = "";
   document.body.append(Object.assign(document.createElement("pre"),
-    { id: "said", textContent: btoa(JSON.stringify(said)) }));
+    { id: "said", textContent: JSON.stringify(said) }));
 });
 </script></body>"""
 
@@ -255,8 +256,6 @@ addEventListener("load", async () => {
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
 def test_searching_and_sorting_in_a_browser(found, tmp_path):
     "From a file, without a server; also what is in the passages of a latent not yet opened."
-    import base64
-
     latents = found["latents"]
     word = "unheardof"
     latents[-1]["passages"][0]["tokens"][0] = word
@@ -272,7 +271,7 @@ def test_searching_and_sorting_in_a_browser(found, tmp_path):
     )
     dom = re.search(r'<pre id="said">([^<]*)</pre>', done.stdout)
     assert dom, (done.stdout[-500:], done.stderr[-2000:])
-    said = json.loads(base64.b64decode(dom[1]))
+    said = json.loads(unescape(dom[1]))
     ids = [str(r["latent"]) for r in latents]
     assert said["first"] == ids and said["open"] == ids[:OPEN] and said["scroll"] <= 0
     by_rate = sorted(latents, key=lambda r: -r["rate"][COMPARED[0]])
