@@ -210,6 +210,7 @@ def _facts(found: dict) -> str:
     facts["held-out tokens they are read on"] = f"{about['tokens']:,}"
     if run:
         facts["tokens the adapter was trained on"] = f"{run['tokens']:,}"
+    if run and "ci95" in run:
         facts["of the lost cross-entropy comes back"] = _share(run, "gap_closed")
         facts["of the KL comes back"] = _share(run, "kl_closed")
     lines = [f"<li><b>{value}</b>{name}</li>" for name, value in facts.items()]
