@@ -233,6 +233,7 @@ def _copied(folder: Path):
     apart = shutil.ignore_patterns("*.jsonl", "__pycache__", "params", ".*")
     for name in ("nbs", "sae_lora", "pages", "data/results"):
         shutil.copytree(project() / name, folder / name, ignore=apart)
+    shutil.copytree(project() / "data" / "latents", folder / "latents")
     for name in ("settings.ini", "_quarto.yml", "index.qmd", "styles.css"):
         shutil.copy(project() / name, folder / name)
 

@@ -935,6 +935,23 @@ def cards_of_latents(device, dtype, kind):
 
 
 @covers(
+    "agreement.latent_changes",
+    "explorer.explored",
+    "explorer.continuation",
+    "explorer.explorer_files",
+    each=KINDS,
+)
+def latents_explored(device, dtype, kind):
+    lm, tok, _ = adapted(device, dtype, kind)
+    rows, later = blocks("padded").valid, {2: sae(kind, 2)}
+    pair = ("base", "adapted_unspliced")
+    found = api.explored(lm, tok, later, 2, rows, latents=8, steered=1)
+    assert "index.html" in api.explorer_files(found)
+    assert api.continuation(lm, tok, WORDS[0], 2)
+    return dict(changes=api.latent_changes(lm, later, 2, rows, pair))
+
+
+@covers(
     "probing.pooled",
     "probing.probe",
     "probing.split_by_class",

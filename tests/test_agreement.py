@@ -7,11 +7,11 @@ import torch
 from conftest import random_sae, tiny
 
 from sae_lora import agreement as agreement_module
-from sae_lora.agreement import agreement
+from sae_lora.agreement import agreement, latent_changes
 from sae_lora.cards import cards_page, latent_cards
 from sae_lora.hidden import hidden
-from sae_lora.latents import latents_in_model
-from sae_lora.lora import without_lora
+from sae_lora.latents import firing, latents_in_model
+from sae_lora.lora import add_lora, lora_parameters, without_lora
 from sae_lora.splice import splice
 
 IDS = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -52,6 +52,43 @@ def test_an_earlier_splice_moves_what_a_later_sae_sees():
     torch.testing.assert_close(
         seen[:, 1:], (saes[2].encode(h) * real[..., None])[:, 1:], rtol=1e-4, atol=1e-4
     )
+
+
+def test_change_is_one_less_the_weighted_jaccard_index(adapted):
+    "Against the definition, a latent at a time; and 0 where the adapter moves nothing."
+    lm, _, saes, blocks = adapted
+    rate, change = latent_changes(lm, saes, 14, blocks.valid[:2])
+    assert rate.shape == (2, 4608) and torch.equal(rate[0], rate[1]) and not change.any()
+    lm.delete_adapter("default")
+    add_lora(lm, saes, rank=2, layers="all")
+    for p in lora_parameters(lm).values():
+        p.data.normal_(0, 0.03, generator=torch.Generator().manual_seed(0))
+    rate, change = latent_changes(lm, saes, 14, blocks.valid[:2], batch=1)
+    a, b = (
+        latents_in_model(lm, saes, 14, blocks.valid[:2], model)[0].flatten(0, 1)
+        for model in ("base", "adapted")
+    )
+    for latent in torch.cat([change.topk(3).indices, (a > 0).sum(0).topk(3).indices]).tolist():
+        pairs = list(zip(a[:, latent].tolist(), b[:, latent].tolist()))
+        same = sum(min(pair) for pair in pairs) / sum(max(pair) for pair in pairs)
+        assert math.isclose(change[latent], 1 - same, abs_tol=1e-5)
+        fires = sum(x > 0 for x, _ in pairs) / int((a > 0).any(1).sum())
+        assert math.isclose(rate[0, latent], fires, abs_tol=1e-6)
+
+
+def test_passages_are_whole_words_of_documents_that_are_told_apart(clean):
+    lm, tok, saes, _ = clean
+    end = tok("<|endoftext|>").input_ids
+    first = tok(" Nobody saw the counterrevolutionary café☃").input_ids
+    rows = torch.tensor([end + first + end + tok("Separately, unhappily").input_ids])
+    f = firing(lm, saes[14], 14, rows, list(range(4608)))[0]
+    for latent in f.amax(0).topk(20).indices.tolist():
+        (card,) = latent_cards(lm, tok, saes, {14: [latent]}, rows, ("base", "spliced"), n=1)
+        (passage,) = card["passages"]
+        before, after = "".join("|" if t is None else t for t in passage["tokens"]).split("|")
+        assert " Nobody saw the counterrevolutionary café☃".endswith(before) and before[0] in " ☃"
+        assert after == "Separately, unhappily"
+        assert max(passage["base"]) == round(float(f[:, latent].max()), 2) and not card["also"]
 
 
 def test_cards_are_json_and_show_both_models(adapted):
@@ -98,5 +135,5 @@ def test_a_page_of_cards_is_searchable_and_escapes_what_it_shows():
         and "<b>" not in page.replace("<b>latent", "")
     )
     assert (
-        page.count("<small>adapted") == 2 and "a⏎" in page
-    )  # one line of the two differs, on each card
+        page.count("<p class=passage>") == 4 and "--a:9;--b:4>&lt;i&gt;</i>a⏎" in page
+    )  # a passage stands once, with a shade for the one model and a line for the other
