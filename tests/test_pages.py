@@ -286,3 +286,14 @@ def test_elsewhere_gives_the_same(sections, keep, exported):
 def test_transformerlens_reads_an_export(exported):
     found = executed("elsewhere", "SAELens", "TransformerLens")
     assert found["latents"].shape[-1] == found["sae"].cfg.d_sae
+
+
+def test_troubles_are_told_in_these_words():
+    text = (ROOT / "pages" / "limitations.qmd").read_text().split("## Troubleshooting")[1]
+    code = "".join(path.read_text() for path in sorted((ROOT / "sae_lora").glob("*.py")))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # a text over several lines is one text
+    told = re.findall(r"^\| `([^`]+)`", text, re.M)
+    assert len(told) > 8
+    for line in told:
+        for words in filter(None, map(str.strip, line.split("…"))):
+            assert words in code, words
