@@ -14,13 +14,32 @@ data = [
     if p.is_file() and not p.name.endswith(".part.jsonl")
 ]
 
+PYTHONS = s["pythons"].split()  # those that the workflow tests
+site, code = s["doc_host"], s["git_url"]
+
 setup(
     name=s["lib_name"],
     version=s["version"],
     description=s["description"],
     author=s["author"],
     author_email=s["author_email"],
-    url=s["git_url"],
+    url=code,
+    project_urls={
+        "Documentation": site,
+        "Source": code,
+        "Changelog": f"{code}/blob/{s['branch']}/CHANGELOG.md",
+        "Issues": f"{code}/issues",
+        "Paper": "https://arxiv.org/abs/2501.19406",
+    },
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX",
+        "Programming Language :: Python :: 3 :: Only",
+        *(f"Programming Language :: Python :: {version}" for version in PYTHONS),
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     license="Apache-2.0",
     keywords=s["keywords"].split(),
     python_requires=f">={s['min_python']}",

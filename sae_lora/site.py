@@ -25,7 +25,7 @@ from .checked import read_json
 from .claims import claims_page, headline
 from .files import UsageError, free_site, written
 from .notebooks import dev_module, experiments
-from .plan import plan_page
+from .plan import gemma_in_paper, gpus_page, plan_page
 from .results import project
 from .two_measures import TWO_MEASURES
 
@@ -113,6 +113,7 @@ LISTS = {
     "_quarto.yml": {"chapters": _sidebar, "experiments": _experiments},
     "index.qmd": {"chapters": _words, "headline": headline},
     "pages/paper-scale.qmd": {"plan": plan_page},
+    "pages/gemma-scope.qmd": {"gpus": gpus_page, "paper": gemma_in_paper},
     "pages/experiments.qmd": {"claims": claims_page},
     "pages/two-measures.qmd": TWO_MEASURES,
 }
