@@ -1,0 +1,167 @@
+"""The site's pages in headless Chromium: legible, no wider than the window, self-contained.
+
+Every page is measured at the width of a desktop and of a phone, in light and in dark, with all that
+is folded opened.
+"""
+
+import shutil
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
+)
+if not CHROMIUM:
+    pytest.skip("no Chromium on this machine", allow_module_level=True)
+playwright = pytest.importorskip("playwright.sync_api")
+pytest.importorskip("smalldocs")
+
+OFFLINE = ["--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
+WIDTHS = (1280, 390)
+FIRST_LOAD = 1_500_000  # bytes
+
+MEASURE = """() => {
+  document.querySelectorAll('details').forEach(d => d.open = true);
+  const parse = text => {
+    const n = (text.match(/-?[\\d.]+(?:e-?\\d+)?/g) || []).map(Number);
+    if (text.startsWith('color(srgb')) return [n[0] * 255, n[1] * 255, n[2] * 255, n[3] ?? 1];
+    return [n[0], n[1], n[2], n[3] ?? 1];
+  };
+  const over = (top, below) => [0, 1, 2].map(i => top[i] * top[3] + below[i] * (1 - top[3]));
+  const light = c => {
+    const [r, g, b] = c.map(v => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4);
+    return .2126 * r + .7152 * g + .0722 * b;
+  };
+  const contrast = (a, b) => {
+    const [x, y] = [light(a), light(b)];
+    return (Math.max(x, y) + .05) / (Math.min(x, y) + .05);
+  };
+  const colours = el => {
+    const up = [];
+    for (let e = el; e; e = e.parentElement) up.unshift(e);
+    let behind = [255, 255, 255], text = [0, 0, 0], seen = 1;
+    for (const e of up) {
+      const style = getComputedStyle(e);
+      seen *= +style.opacity;
+      const own = parse(style.backgroundColor);
+      own[3] *= seen;
+      behind = over(own, behind);
+      text = parse(style.color);
+    }
+    text[3] *= seen;
+    return [over(text, behind), behind];
+  };
+  const name = el => el.tagName.toLowerCase() + (el.className ? '.' + el.className : '');
+  const faint = new Map();
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  const how = {checkOpacity: true, checkVisibilityCSS: true};
+  while (walk.nextNode()) {
+    const node = walk.currentNode, el = node.parentElement;
+    if (!node.data.trim() || !el.checkVisibility(how) || el.closest('math annotation')) continue;
+    const style = getComputedStyle(el), size = parseFloat(style.fontSize);
+    const large = size >= 24 || size >= 18.66 && +style.fontWeight >= 700;
+    const [text, behind] = colours(el), ratio = contrast(text, behind);
+    if (ratio < (large ? 3 : 4.5) - .005)
+      faint.set(name(el), `${ratio.toFixed(2)}: ${node.data.trim().slice(0, 40)}`);
+  }
+  const wide = window.innerWidth, cut = new Set();
+  for (const el of document.querySelectorAll('#quarto-content main *')) {
+    if (!el.checkVisibility() || el.getBoundingClientRect().right <= wide + 1) continue;
+    let inside = false;
+    for (let e = el; e && e.tagName != 'MAIN'; e = e.parentElement)
+      inside ||= ['auto', 'scroll', 'hidden'].includes(getComputedStyle(e).overflowX);
+    if (!inside) cut.add(name(el));
+  }
+  const code = [...document.querySelectorAll('pre')].filter(p => p.checkVisibility());
+  return {
+    faint: [...faint].map(([el, what]) => `${el} ${what}`),
+    overflow: document.documentElement.scrollWidth - wide,
+    cut: [...cut],
+    code: code.length,
+    scrolls: code.filter(p => p.scrollWidth > p.clientWidth + 1).length,
+  };
+}"""
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=OFFLINE)
+        yield browser
+        browser.close()
+
+
+class Visit:
+    "Pages opened in one colour scheme, each measured at every width."
+
+    def __init__(self, browser, scheme: str):
+        self.page = browser.new_context(color_scheme=scheme).new_page()
+        self.errors, self.asked = [], []
+        self.page.on("console", lambda m: m.type == "error" and self.errors.append(m.text))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.on("request", lambda request: self.asked.append(request.url))
+
+    def measure(self, path) -> dict:
+        self.errors.clear()
+        self.asked.clear()
+        self.page.set_viewport_size(dict(width=WIDTHS[0], height=900))
+        self.page.goto(path.as_uri())
+        found = dict(errors=list(self.errors), asked=set(self.asked))
+        for width in WIDTHS:
+            self.page.set_viewport_size(dict(width=width, height=900))
+            found[width] = self.page.evaluate(MEASURE)
+        return found
+
+
+@pytest.fixture(scope="module")
+def seen(site, chromium) -> dict:
+    "What was measured, by page and colour scheme."
+    found = {}
+    for scheme in ("light", "dark"):
+        visit = Visit(chromium, scheme)
+        for path in sorted(site.rglob("*.html")):
+            found[str(path.relative_to(site)), scheme] = visit.measure(path)
+    return found
+
+
+def everywhere(seen: dict, what: str) -> dict:
+    "What was measured of every page, at every width."
+    return {(*key, width): found[width][what] for key, found in seen.items() for width in WIDTHS}
+
+
+def test_all_text_is_legible(seen):
+    faint = {key: found for key, found in everywhere(seen, "faint").items() if found}
+    assert not faint
+
+
+def test_no_page_is_wider_than_its_window(seen):
+    assert not {key: by for key, by in everywhere(seen, "overflow").items() if by > 0}
+    assert not {key: cut for key, cut in everywhere(seen, "cut").items() if cut}
+
+
+def test_code_fits_its_column(seen):
+    "On a desktop; on a phone it scrolls."
+    code, scrolls = (
+        sum(n for (*_, width), n in everywhere(seen, what).items() if width == WIDTHS[0])
+        for what in ("code", "scrolls")
+    )
+    assert code > 1000 and scrolls <= 0.02 * code, (scrolls, code)
+
+
+def test_no_page_has_errors(seen):
+    assert not {key: found["errors"] for key, found in seen.items() if found["errors"]}
+
+
+def test_no_page_asks_a_network(seen):
+    asked = {url for found in seen.values() for url in found["asked"]}
+    assert asked and {urlsplit(url).scheme for url in asked} <= {"file", "data"}
+
+
+def test_pages_are_light(seen):
+    "What a reader fetches who opens a page as the first one."
+    for (name, _), found in seen.items():
+        files = [unquote(urlsplit(u).path) for u in found["asked"] if u.startswith("file:")]
+        size = sum(Path(path).stat().st_size for path in files)
+        assert 0 < size <= FIRST_LOAD, (name, size)
