@@ -19,7 +19,8 @@ playwright = pytest.importorskip("playwright.sync_api")
 pytest.importorskip("smalldocs")
 
 OFFLINE = ["--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND"]
-WIDTHS = (1280, 390)
+DESKTOP = ("light", 1280)
+VIEWS = (DESKTOP, ("dark", 1280), ("dark", 390))
 FIRST_LOAD = 1_500_000  # bytes
 
 MEASURE = """() => {
@@ -38,20 +39,19 @@ MEASURE = """() => {
     const [x, y] = [light(a), light(b)];
     return (Math.max(x, y) + .05) / (Math.min(x, y) + .05);
   };
-  const colours = el => {
-    const up = [];
-    for (let e = el; e; e = e.parentElement) up.unshift(e);
-    let behind = [255, 255, 255], text = [0, 0, 0], seen = 1;
-    for (const e of up) {
-      const style = getComputedStyle(e);
-      seen *= +style.opacity;
-      const own = parse(style.backgroundColor);
-      own[3] *= seen;
-      behind = over(own, behind);
-      text = parse(style.color);
-    }
-    text[3] *= seen;
-    return [over(text, behind), behind];
+  const layers = new Map([[null, {seen: 1, behind: [255, 255, 255]}]]);
+  const layer = el => {
+    if (layers.has(el)) return layers.get(el);
+    const {seen, behind} = layer(el.parentElement), style = getComputedStyle(el);
+    const own = {seen: seen * style.opacity, text: parse(style.color)};
+    const [r, g, b, alpha] = parse(style.backgroundColor);
+    own.behind = over([r, g, b, alpha * own.seen], behind);
+    own.text[3] *= own.seen;
+    const size = parseFloat(style.fontSize);
+    own.large = size >= 24 || size >= 18.66 && style.fontWeight >= 700;
+    own.contrast = contrast(over(own.text, own.behind), own.behind);
+    layers.set(el, own);
+    return own;
   };
   const name = el => el.tagName.toLowerCase() + (el.className ? '.' + el.className : '');
   const faint = new Map();
@@ -60,11 +60,15 @@ MEASURE = """() => {
   while (walk.nextNode()) {
     const node = walk.currentNode, el = node.parentElement;
     if (!node.data.trim() || !el.checkVisibility(how) || el.closest('math annotation')) continue;
-    const style = getComputedStyle(el), size = parseFloat(style.fontSize);
-    const large = size >= 24 || size >= 18.66 && +style.fontWeight >= 700;
-    const [text, behind] = colours(el), ratio = contrast(text, behind);
-    if (ratio < (large ? 3 : 4.5) - .005)
-      faint.set(name(el), `${ratio.toFixed(2)}: ${node.data.trim().slice(0, 40)}`);
+    const {contrast, large} = layer(el);
+    if (contrast < (large ? 3 : 4.5) - .005)
+      faint.set(name(el), `${contrast.toFixed(2)}: ${node.data.trim().slice(0, 40)}`);
+  }
+  for (const el of document.querySelectorAll('input[placeholder]')) {
+    if (!el.checkVisibility(how)) continue;
+    const {behind} = layer(el), text = parse(getComputedStyle(el, '::placeholder').color);
+    const ratio = contrast(over(text, behind), behind);
+    if (ratio < 4.5) faint.set(name(el), `${ratio.toFixed(2)}: ${el.placeholder}`);
   }
   const wide = window.innerWidth, cut = new Set();
   for (const el of document.querySelectorAll('#quarto-content main *')) {
@@ -93,42 +97,54 @@ def chromium():
         browser.close()
 
 
-class Visit:
-    "Pages opened in one colour scheme, each measured at every width."
+class Visits:
+    "Pages opened in a window, measured in light and dark, as wide as a desktop and as a phone."
 
-    def __init__(self, browser, scheme: str):
-        self.page = browser.new_context(color_scheme=scheme).new_page()
+    def __init__(self, browser):
+        self.page = browser.new_context(reduced_motion="reduce").new_page()
         self.errors, self.asked = [], []
         self.page.on("console", lambda m: m.type == "error" and self.errors.append(m.text))
         self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.on("request", lambda request: self.asked.append(request.url))
 
-    def measure(self, path) -> dict:
+    def measured(self, scheme: str, width: int) -> dict:
+        self.page.emulate_media(color_scheme=scheme)
+        self.page.set_viewport_size(dict(width=width, height=900))
+        return self.page.evaluate(MEASURE)
+
+    def visit(self, path) -> dict:
         self.errors.clear()
         self.asked.clear()
-        self.page.set_viewport_size(dict(width=WIDTHS[0], height=900))
+        self.page.emulate_media(color_scheme="light")
         self.page.goto(path.as_uri())
-        found = dict(errors=list(self.errors), asked=set(self.asked))
-        for width in WIDTHS:
-            self.page.set_viewport_size(dict(width=width, height=900))
-            found[width] = self.page.evaluate(MEASURE)
-        return found
+        found = {view: self.measured(*view) for view in VIEWS}
+        return found | dict(errors=list(self.errors), asked=set(self.asked))
 
 
 @pytest.fixture(scope="module")
 def seen(site, chromium) -> dict:
-    "What was measured, by page and colour scheme."
-    found = {}
+    "What was measured, by page."
+    visits = Visits(chromium)
+    return {str(p.relative_to(site)): visits.visit(p) for p in sorted(site.rglob("*.html"))}
+
+
+def everywhere(seen: dict, what: str, views=None) -> dict:
+    "What was measured of every page, in every view."
+    return {
+        (page, *view): found[view][what] for page, found in seen.items() for view in views or VIEWS
+    }
+
+
+def test_dark_is_dark(seen, chromium, site):
+    "The scheme changes with the system's, so that light was not measured twice."
+    visits = Visits(chromium)
+    visits.visit(site / "index.html")
+    background = "getComputedStyle(document.body).backgroundColor"
+    shown = set()
     for scheme in ("light", "dark"):
-        visit = Visit(chromium, scheme)
-        for path in sorted(site.rglob("*.html")):
-            found[str(path.relative_to(site)), scheme] = visit.measure(path)
-    return found
-
-
-def everywhere(seen: dict, what: str) -> dict:
-    "What was measured of every page, at every width."
-    return {(*key, width): found[width][what] for key, found in seen.items() for width in WIDTHS}
+        visits.measured(scheme, 1280)
+        shown.add(visits.page.evaluate(background))
+    assert len(shown) == 2
 
 
 def test_all_text_is_legible(seen):
@@ -143,10 +159,8 @@ def test_no_page_is_wider_than_its_window(seen):
 
 def test_code_fits_its_column(seen):
     "On a desktop; on a phone it scrolls."
-    code, scrolls = (
-        sum(n for (*_, width), n in everywhere(seen, what).items() if width == WIDTHS[0])
-        for what in ("code", "scrolls")
-    )
+    code = sum(everywhere(seen, "code", [DESKTOP]).values())
+    scrolls = sum(everywhere(seen, "scrolls", [DESKTOP]).values())
     assert code > 1000 and scrolls <= 0.02 * code, (scrolls, code)
 
 
@@ -161,7 +175,7 @@ def test_no_page_asks_a_network(seen):
 
 def test_pages_are_light(seen):
     "What a reader fetches who opens a page as the first one."
-    for (name, _), found in seen.items():
+    for name, found in seen.items():
         files = [unquote(urlsplit(u).path) for u in found["asked"] if u.startswith("file:")]
         size = sum(Path(path).stat().st_size for path in files)
         assert 0 < size <= FIRST_LOAD, (name, size)
