@@ -195,11 +195,11 @@ def linked(text: str, page: str, where: dict[str, str]) -> str:
 # %% ../nbs/73a_entries.ipynb #ed53b93d
 def _row(named: Named) -> str:
     "A line of the table of all names."
-    number, module = Path(named.path).stem.split("_", 1)
+    number, module = Path(named.path).stem.removeprefix("0").split("_", 1)
     said = named.entry.about.partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
     kind = "constant" if not named.entry.form else "function"
     kind = "class" if re.search(r"^class ", named.entry.form, re.M) else kind
-    return f"| [`{named.entry.name}`](../{named.address}) | {kind} | {number} `{module}` | {said} |"
+    return f"| [`{named.entry.name}`](../{named.address}) | {kind} | {number}&nbsp;`{module}` | {said} |"
 
 
 def names_table(root: Path) -> str:

@@ -1,5 +1,6 @@
 """The site, built with smalldocs: no dead link, figures there, search finds things."""
 
+import html
 import json
 import re
 from pathlib import Path
@@ -8,7 +9,9 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 pytest.importorskip("smalldocs")
+from sae_lora.entries import public_names
 from sae_lora.files import UsageError
+from sae_lora.findings import NOT_RUN
 from sae_lora.site import PARTS, between, chapters, parts
 
 
@@ -110,6 +113,64 @@ def test_chapters_begin_with_all_that_they_say(site, root):
             words = re.match(r"[\w ,]+", paragraph)
             if words and len(words[0]) > 12:
                 assert words[0].strip() in page, (path.name, words[0])
+
+
+def text_of(page: Path) -> str:
+    "What a page says, without tags; spaces and line ends do not count."
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", "", page.read_text())))
+
+
+PLACES = ("what-to-notice", "the-figure", "the-table", "what-is-measured", "parameters-and-code")
+
+
+def test_experiments_begin_with_what_was_found(site, root):
+    "Findings, figure, table, method, code, in this order; and no cell is left out."
+    for path in (root / "nbs" / "results").glob("*.ipynb"):
+        page = site / "nbs" / "experiments" / f"{path.stem}.html"
+        found = [page.read_text().find(f'id="{place}"') for place in PLACES]
+        there = [at for at in found if at >= 0]
+        assert there == sorted(there) and found[0] >= 0 and found[-1] >= 0, (path.stem, found)
+        said = text_of(page)
+        for cell in json.loads(path.read_text())["cells"]:
+            code = cell["cell_type"] == "code"
+            for line in "".join(cell["source"]).splitlines() if code else []:
+                shown = " ".join(line.split())
+                assert line.startswith("#|") or shown in said, (path.stem, line)
+
+
+def test_an_experiment_that_was_not_run_says_so(site, root):
+    for path in (root / "nbs" / "experiments").glob("*.ipynb"):
+        page = site / "nbs" / "experiments" / f"{path.stem}.html"
+        run = (root / "nbs" / "results" / path.name).exists()
+        assert (NOT_RUN in page.read_text()) is not run, path.stem
+
+
+def test_pages_lead_to_the_previous_and_the_next(site, root):
+    order = re.findall(r"- ((?:nbs|pages)/\S+)", (root / "_quarto.yml").read_text())
+    for before, page, after in zip(order, order[1:], order[2:]):
+        text = (site / Path(page).with_suffix(".html")).read_text()
+        foot = text[text.index('<nav class="page-navigation"') :]
+        assert f"{Path(before).stem}.html" in foot and f"{Path(after).stem}.html" in foot, page
+
+
+def test_chapters_are_numbered(site):
+    for c in chapters():
+        text = (site / c.path).with_suffix(".html").read_text()
+        title = html.escape(f"{c.number.removeprefix('0')} · {c.title}", quote=False)
+        assert title in html.unescape(text).replace("’", "'"), c.name
+        assert 'property="og:title"' in text and 'property="og:description"' in text, c.name
+        assert 'rel="icon"' in text
+
+
+def test_names_have_one_place(site, root):
+    "Every public name is listed, and leads to the one element of its page with that anchor."
+    page = (site / "pages" / "names.html").read_text()
+    every = public_names(root)
+    assert len(every) > 700 and all(f"#{n.entry.name}" in page for n in every)
+    for page in pages(site):
+        ids = re.findall(r'\bid="([^"]+)"', page.read_text())
+        twice = {i for i in ids if ids.count(i) > 1}
+        assert not twice, (page, twice)
 
 
 def test_pages_draw_without_a_network(site):
