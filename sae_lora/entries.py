@@ -199,7 +199,8 @@ def _row(named: Named) -> str:
     said = named.entry.about.partition("\n\n")[0].replace("\n", " ").replace("|", "\\|")
     kind = "constant" if not named.entry.form else "function"
     kind = "class" if re.search(r"^class ", named.entry.form, re.M) else kind
-    return f"| [`{named.entry.name}`](../{named.address}) | {kind} | {number}&nbsp;`{module}` | {said} |"
+    link = f"[`{named.entry.name}`](../{named.address})"
+    return f"| {link} | {kind} | {number}&nbsp;`{module}` | {said} |"
 
 
 def names_table(root: Path) -> str:

@@ -1,7 +1,7 @@
 """The site's pages in headless Chromium: legible, no wider than the window, self-contained.
 
-Every page is measured at the width of a desktop and of a phone, in light and in dark, with all that
-is folded opened.
+Home, all pages and experiments, and every fourth chapter are measured at the width of a desktop and
+of a phone, in light and in dark, with all that is folded opened.
 """
 
 import shutil
@@ -126,8 +126,10 @@ class Visits:
 @pytest.fixture(scope="module")
 def seen(site, chromium) -> dict:
     "What was measured, by page."
-    visits = Visits(chromium)
-    return {str(p.relative_to(site)): visits.visit(p) for p in sorted(site.rglob("*.html"))}
+    visits, every = Visits(chromium), sorted(site.rglob("*.html"))
+    chapters = [p for p in every if p.parent.name == "nbs"]
+    chosen = [p for p in every if p not in chapters] + chapters[::4]
+    return {str(p.relative_to(site)): visits.visit(p) for p in chosen}
 
 
 def everywhere(seen: dict, what: str, views=None) -> dict:
@@ -151,7 +153,7 @@ def test_code_fits_its_column(seen):
     "On a desktop; on a phone it scrolls."
     code = sum(everywhere(seen, "code", [DESKTOP]).values())
     scrolls = sum(everywhere(seen, "scrolls", [DESKTOP]).values())
-    assert code > 1000 and scrolls <= 0.02 * code, (scrolls, code)
+    assert code > 500 and scrolls <= 0.02 * code, (scrolls, code)
 
 
 def test_no_page_has_errors(seen):

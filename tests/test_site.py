@@ -168,7 +168,7 @@ def test_names_have_one_place(site, root):
     every = public_names(root)
     assert len(every) > 700 and all(f"#{n.entry.name}" in page for n in every)
     for page in pages(site):
-        ids = re.findall(r'\bid="([^"]+)"', page.read_text())
+        ids = re.findall(r'\sid="([^"]+)"', page.read_text())
         twice = {i for i in ids if ids.count(i) > 1}
         assert not twice, (page, twice)
 
