@@ -115,7 +115,7 @@ def glance(path: Path, figures: Path) -> str:
     lines = [
         f"\n## [{title}](../nbs/experiments/{path.name})\n",
         f"> {claim}\n",
-        f'![{caption}](figures/{path.stem}.png){{fig-alt="{alt}"}}\n',
+        f'![{caption}](figures/{path.stem}.png){{fig-alt="{alt}" loading="lazy"}}\n',
         *(f"- {line}" for line in printed(_named(parts_of(nb.cells), NOTICE))),
     ]
     return "\n".join(lines) + "\n"
