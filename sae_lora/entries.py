@@ -33,13 +33,13 @@ def _begins(node) -> int:
     "The line on which a definition begins, its decorators included."
     return min([node.lineno, *(d.lineno for d in getattr(node, "decorator_list", []))])
 
-
+# %% ../nbs/73a_entries.ipynb #31c3c4b7
 def _head(lines: list[str], node) -> str:
     "A definition up to its body."
     end = max(_begins(node.body[0]) - 1, node.lineno)
     return "\n".join(lines[_begins(node) - 1 : end]).rstrip().removesuffix(":")
 
-
+# %% ../nbs/73a_entries.ipynb #9463bdf3
 def _form(lines: list[str], node) -> str:
     "A signature; of a class also the fields, and the signatures of the methods."
     parts = [_head(lines, node)]
@@ -56,7 +56,7 @@ def _assigned(node) -> list[str]:
     targets = getattr(node, "targets", [getattr(node, "target", None)])
     return [t.id for t in targets if isinstance(t, ast.Name)]
 
-
+# %% ../nbs/73a_entries.ipynb #b107a8c1
 def entries_in(code: str) -> list[Entry]:
     "The public names that a cell defines."
     found, lines = [], code.splitlines()
@@ -88,14 +88,14 @@ def _modules(root: Path) -> str:
     where = settings["DEFAULT"]
     return f"{where['git_url']}/blob/{where['branch']}/sae_lora"
 
-
+# %% ../nbs/73a_entries.ipynb #fb762ed7
 def fenced(code: str) -> str:
     "Code in a fence that nothing in it can close."
     longest = max(map(len, re.findall("`+", code)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}python\n{code}\n{fence}"
 
-
+# %% ../nbs/73a_entries.ipynb #eda11c25
 def folded(code: str, stem: str) -> str:
     "An exported cell as markdown that opens on a click, with a link to its module."
     name = f"{stem.split('_', 1)[1]}.py"
@@ -132,7 +132,7 @@ def exported(path: Path) -> list[str]:
     sources = ["".join(cell["source"]) for cell in read_json(path, dict)["cells"]]
     return [s.removeprefix("#| export\n") for s in sources if s.startswith("#| export\n")]
 
-
+# %% ../nbs/73a_entries.ipynb #cefaec68
 def public_names(root: Path) -> list[Named]:
     "The public names of the chapters in `root`, in the order of the alphabet."
     found = []
@@ -151,7 +151,7 @@ def _taken(root: Path) -> set[str]:
         words.add(path.stem.split("_", 1)[1])
     return words
 
-
+# %% ../nbs/73a_entries.ipynb #0d24cf9d
 def addresses(root: Path) -> dict[str, str]:
     "The address of each public name that can mean nothing else."
     every = public_names(root)
@@ -202,7 +202,7 @@ def _row(named: Named) -> str:
     link = f"[`{named.entry.name}`](../{named.address})"
     return f"| {link} | {kind} | {number}&nbsp;`{module}` | {said} |"
 
-
+# %% ../nbs/73a_entries.ipynb #b2e9617f
 def names_table(root: Path) -> str:
     "All public names as tables in markdown, one for each letter."
     letters = {}
@@ -219,13 +219,13 @@ def title_and_claim(nb) -> tuple[str, str]:
     first = "".join(nb["cells"][0]["source"])
     return re.match(r"# (.*?)\n\n> (.*?)(?:\n|$)", first).groups()
 
-
+# %% ../nbs/73a_entries.ipynb #9336e4c5
 def _numbered(title: str, stem: str) -> str:
     "The title with the number before it, if the file has one."
     number = re.match(r"(\d+[a-z]?)_", stem)
     return f"{number[1].removeprefix('0')} · {title}" if number else title
 
-
+# %% ../nbs/73a_entries.ipynb #c5f95ffb
 def page_head(nb, stem: str) -> tuple[str, str]:
     "Of a notebook's first cell: the head of its page, and what follows title and claim."
     title, claim = title_and_claim(nb)

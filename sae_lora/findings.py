@@ -35,7 +35,7 @@ def _directives(source: str) -> tuple[str, str]:
     begin = next((i for i, line in enumerate(lines) if not line.startswith("#|")), len(lines))
     return "".join(lines[:begin]), "".join(lines[begin:])
 
-
+# %% ../nbs/73b_findings.ipynb #6e3375c3
 def printed(cells: list) -> list[str]:
     "The lines that cells have printed."
     outputs = [o for c in cells for o in c.get("outputs", [])]
@@ -53,7 +53,7 @@ def outputs_first(cell) -> list:
     fold = f'#| code-fold: true\n#| code-summary: "{defined(code)}"\n{code}'
     return [new(shown, outputs=cell.outputs)] * bool(cell.outputs) + [new(fold)]
 
-
+# %% ../nbs/73b_findings.ipynb #5677dd61
 def told(cells: list) -> list:
     "Cells with what they print as a list, below the prose and above the code."
     v4 = dev_module("nbformat").v4
@@ -66,12 +66,12 @@ def _named(parts: list[list], heading: str) -> list:
     "The cells of the part with a heading; none where no part has it."
     return next((p for p in parts if p and p[0].source.startswith(heading)), [])
 
-
+# %% ../nbs/73b_findings.ipynb #b4375140
 def _after(heading: str, cells: list) -> list:
     "Cells below a heading; nothing where there are none."
     return [dev_module("nbformat").v4.new_markdown_cell(heading), *cells] if cells else []
 
-
+# %% ../nbs/73b_findings.ipynb #882c034a
 def _tells(cell) -> bool:
     "Whether a cell prints something and shows nothing else."
     return {o.output_type for o in cell.get("outputs", [])} == {"stream"}
