@@ -5,9 +5,11 @@ The suite runs in as many processes as there are cores; each computes with its s
 
 import multiprocessing
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from sae_lora.files import patient_threads
 
@@ -47,6 +49,22 @@ def forkserver(modules: list[str]):
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> Path:
+    "The site, built with smalldocs, whatever is installed; once for all processes of the suite."
+    pytest.importorskip("smalldocs")
+    from sae_lora.site import build_site
+
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    path = shutil.which
+    with FileLock(folder / "site.lock"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            shutil, "which", lambda name, *a, **k: name != "quarto" and path(name) or None
+        )
+        return folder / "_site" if (folder / "_site").exists() else build_site(folder / "_site")
 
 
 @pytest.fixture(scope="session")

@@ -107,6 +107,8 @@ NO_TENSORS = {
     "experiments.benchmarks": "paths and files",
     "experiments.paper_values": "a table",
     "notebooks.*": "runs notebooks",
+    "entries.*": "text of the site",
+    "findings.*": "text of the site",
     "site.*": "builds the site",
     "reference.*": "words",
     "speed.*": "times and memory of one machine",

@@ -1,24 +1,18 @@
-"""The site, built with smalldocs: no dead link, figures there, search finds things.
+"""The site, built with smalldocs: no dead link, figures there, search finds things."""
 
-In headless Chromium, where there is one, no page has errors.
-"""
-
-import functools
-import http.server
+import html
 import json
 import re
-import shutil
-import subprocess
-import threading
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
-pytest.importorskip("nbdev")
 pytest.importorskip("smalldocs")
+from sae_lora.entries import public_names
 from sae_lora.files import UsageError
-from sae_lora.site import PARTS, between, build_site, chapters, parts
+from sae_lora.findings import NOT_RUN
+from sae_lora.site import PARTS, between, chapters, parts
 
 
 def test_chapters_are_what_their_files_say(root):
@@ -40,30 +34,6 @@ def test_a_part_begins_with_a_chapter_that_exists(monkeypatch):
 def test_a_list_stands_between_two_lines(text):
     with pytest.raises(UsageError, match="lists of a; one, between"):
         between(text, "a", "1")
-
-
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-
-
-QUIET = (  # of Chromium: it starts nothing of its own
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-    "--disable-background-networking --disable-component-update --disable-sync "
-    "--enable-logging=stderr"
-).split()
-
-
-@pytest.fixture(scope="module")
-def site(tmp_path_factory) -> Path:
-    path = shutil.which
-    shutil.which = lambda name, *a, **k: (
-        None if name == "quarto" else path(name, *a, **k)
-    )  # smalldocs, whatever is installed
-    try:
-        return build_site(tmp_path_factory.mktemp("site") / "_site")
-    finally:
-        shutil.which = path
 
 
 def pages(site):
@@ -145,6 +115,64 @@ def test_chapters_begin_with_all_that_they_say(site, root):
                 assert words[0].strip() in page, (path.name, words[0])
 
 
+def text_of(page: Path) -> str:
+    "What a page says, without tags; spaces and line ends do not count."
+    return re.sub(r"\s+", " ", html.unescape(re.sub(r"<[^>]*>", "", page.read_text())))
+
+
+PLACES = ("what-to-notice", "the-figure", "the-table", "what-is-measured", "parameters-and-code")
+
+
+def test_experiments_begin_with_what_was_found(site, root):
+    "Findings, figure, table, method, code, in this order; and no cell is left out."
+    for path in (root / "nbs" / "results").glob("*.ipynb"):
+        page = site / "nbs" / "experiments" / f"{path.stem}.html"
+        found = [page.read_text().find(f'id="{place}"') for place in PLACES]
+        there = [at for at in found if at >= 0]
+        assert there == sorted(there) and found[0] >= 0 and found[-1] >= 0, (path.stem, found)
+        said = text_of(page)
+        for cell in json.loads(path.read_text())["cells"]:
+            code = cell["cell_type"] == "code"
+            for line in "".join(cell["source"]).splitlines() if code else []:
+                shown = " ".join(line.split())
+                assert line.startswith("#|") or shown in said, (path.stem, line)
+
+
+def test_an_experiment_that_was_not_run_says_so(site, root):
+    for path in (root / "nbs" / "experiments").glob("*.ipynb"):
+        page = site / "nbs" / "experiments" / f"{path.stem}.html"
+        run = (root / "nbs" / "results" / path.name).exists()
+        assert (NOT_RUN in page.read_text()) is not run, path.stem
+
+
+def test_pages_lead_to_the_previous_and_the_next(site, root):
+    order = re.findall(r"- ((?:nbs|pages)/\S+)", (root / "_quarto.yml").read_text())
+    for before, page, after in zip(order, order[1:], order[2:]):
+        text = (site / Path(page).with_suffix(".html")).read_text()
+        foot = text[text.index('<nav class="page-navigation"') :]
+        assert f"{Path(before).stem}.html" in foot and f"{Path(after).stem}.html" in foot, page
+
+
+def test_chapters_are_numbered(site):
+    for c in chapters():
+        text = (site / c.path).with_suffix(".html").read_text()
+        title = html.escape(f"{c.number.removeprefix('0')} · {c.title}", quote=False)
+        assert title in html.unescape(text).replace("’", "'"), c.name
+        assert 'property="og:title"' in text and 'property="og:description"' in text, c.name
+        assert 'rel="icon"' in text
+
+
+def test_names_have_one_place(site, root):
+    "Every public name is listed, and leads to the one element of its page with that anchor."
+    page = (site / "pages" / "names.html").read_text()
+    every = public_names(root)
+    assert len(every) > 700 and all(f"#{n.entry.name}" in page for n in every)
+    for page in pages(site):
+        ids = re.findall(r'\sid="([^"]+)"', page.read_text())
+        twice = {i for i in ids if ids.count(i) > 1}
+        assert not twice, (page, twice)
+
+
 def test_pages_draw_without_a_network(site):
     "Formulas are MathML, and no page fetches a script, a style or a font from elsewhere."
     assert "<math" in next(site.rglob("26_splice.html")).read_text()
@@ -159,7 +187,7 @@ def test_exported_code_is_on_its_page(site):
     "Folded below its signature, constants too, and linked to its module."
     for name, code in {"26_splice": "def", "39_recipes": "RECIPES"}.items():
         text = (site / "nbs" / f"{name}.html").read_text()
-        folds = re.findall(r'<details class="source">.*?</details>', text, re.S)
+        folds = re.findall(r'<details class="source".*?</details>', text, re.S)
         assert any(code in re.sub("<[^>]*>", "", fold) for fold in folds), name
         assert all(f"/sae_lora/{name[3:]}.py" in fold for fold in folds), name
 
@@ -184,45 +212,3 @@ def test_search_finds_splice(site):
         "splice" in json.dumps(entry).lower()
         for entry in json.loads((site / "search.json").read_text())
     )
-
-
-@pytest.fixture(scope="module")
-def address(site):
-    handler = functools.partial(
-        type("Quiet", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *a: None}),
-        directory=str(site),
-    )
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-@pytest.mark.skipif(not CHROMIUM, reason="no Chromium on this machine")
-@pytest.mark.parametrize("size", ["1280,1400", "400,1400"])
-def test_in_a_browser(site, address, root, tmp_path, size):
-    shots = root / "screenshots"
-    shots.mkdir(exist_ok=True)
-    for page in pages(site):
-        name = page.relative_to(site)
-        shot = "-".join([*name.with_suffix("").parts, size.split(",")[0]])
-        done = subprocess.run(
-            [
-                CHROMIUM,
-                *QUIET,
-                f"--user-data-dir={tmp_path / 'profile'}",
-                f"--window-size={size}",
-                "--virtual-time-budget=4000",
-                f"--screenshot={shots / shot}.png",
-                f"{address}/{name}",
-            ],
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        errors = [
-            l
-            for l in done.stderr.splitlines()
-            if "CONSOLE" in l and re.search(r"Uncaught|Failed|Error", l)
-        ]
-        assert not errors, (name, errors)
