@@ -184,8 +184,8 @@ PASSAGE_STYLE = """
 
 # %% ../nbs/49_cards.ipynb #1b4071f7
 def tokens_html(tokens: list[str], n: int = 6) -> str:
-    "The first `n` tokens as HTML."
-    shown = [escape(t).replace("\n", "⏎") for t in tokens[:n]]
+    "The first `n` tokens as HTML, a run of spaces as one mark."
+    shown = [re.sub(" {2,}", "␣", escape(t)).replace("\n", "⏎") for t in tokens[:n]]
     return " ".join(f"<code>{t}</code>" for t in shown)
 
 # %% ../nbs/49_cards.ipynb #4baddd04
