@@ -184,9 +184,10 @@ PASSAGE_STYLE = """
 
 # %% ../nbs/49_cards.ipynb #1b4071f7
 def tokens_html(tokens: list[str], n: int = 6) -> str:
-    "The first `n` tokens as HTML."
-    shown = [escape(t).replace("\n", "⏎") for t in tokens[:n]]
-    return " ".join(f"<code>{t}</code>" for t in shown)
+    "The first `n` tokens as HTML, each run of white space as one mark."
+    lines = [escape(t).replace("\n", "⏎") for t in tokens[:n]]
+    marked = [re.sub(r"[^\S ]+|  +", "␣", t) for t in lines]
+    return " ".join(f"<code>{t}</code>" for t in marked)
 
 # %% ../nbs/49_cards.ipynb #4baddd04
 def _card(card: dict, compare) -> str:

@@ -195,7 +195,7 @@ def test_the_committed_page_is_small_whole_and_current():
     tags = Tags(page)
     assert len(found["latents"]) >= 400 and tags.tags.count("details") == len(found["latents"])
     assert page.count(" open>") == OPEN and "<noscript>" in page
-    assert not tags.loads and "http" not in re.sub(r'<a href="https?:[^"]*"', "", page[:40000])
+    assert not tags.loads
     style = re.search(r"<style>(.*?)</style>", page, re.S)[1]
     assert "url(" not in style and "@import" not in style
     changes = [r["change"] for r in found["latents"]]
