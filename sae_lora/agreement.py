@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .files import UsageError
 from .latents import latents_in_model
-from .metrics import bootstrap
+from .metrics import bootstrap, usual
 from .models import models_of
 from .splice import check_saes
 
@@ -39,10 +39,16 @@ def _top_overlap(a: Tensor, b: Tensor, top: int) -> Tensor:
     return (a * b).sum(0) / torch.minimum(a.sum(0), b.sum(0)).clamp_min(1)
 
 # %% ../nbs/48_agreement.ipynb #27b0fb50
+def _no_sinks(a: Tensor, b: Tensor) -> Tensor:
+    "The positions that are stray sinks in neither model, by the sum of all their latents."
+    return usual(a.sum(-1)) & usual(b.sum(-1))
+
+
 def _smaller_and_larger(a: Tensor, b: Tensor) -> Tensor:
     "By latent `(2, d_sae)`, the smaller and the larger activation of two models, summed up."
-    both = torch.minimum(a, b), torch.maximum(a, b)
-    return torch.stack([f.sum((0, 1), dtype=torch.float32).cpu() for f in both])
+    some = _no_sinks(a, b)
+    both = torch.minimum(a[some], b[some]), torch.maximum(a[some], b[some])
+    return torch.stack([f.sum(0, dtype=torch.float32).cpu() for f in both])
 
 # %% ../nbs/48_agreement.ipynb #aba23b4b
 @dataclass

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .checked import read_json
-from .claims import claims_page, headline
+from .claims import claims_page, headline, verdicts_on
 from .entries import addresses, entry_text, linked, names_table, page_head, title_and_claim
 from .files import UsageError, free_site, written
 from .findings import findings_first, glance
@@ -168,7 +168,9 @@ def _page(path: Path, name: str, where: dict[str, str]):
     nbformat = dev_module("nbformat")
     markdown, nb = nbformat.v4.new_markdown_cell, nbformat.read(path, 4)
     head, rest = page_head(nb, path.stem)
-    cells = findings_first(nb.cells) if path.parent.name == "experiments" else nb.cells
+    cells = nb.cells
+    if path.parent.name == "experiments":
+        cells = findings_first(cells, verdicts_on(path.stem))
     nb.cells = [nbformat.v4.new_raw_cell(head), markdown(rest)]
     for cell in cells[1:]:
         if cell.source.startswith("#| export\n"):
