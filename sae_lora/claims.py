@@ -7,7 +7,7 @@ __all__ = ['NOT_TESTED', 'ONE_SEED', 'METRICS', 'DIGITISED', 'HEAD', 'committed_
            'curve_points', 'reached_by', 'time_found', 'sweep', 'scaling_found', 'layer_found', 'shares_over_seeds',
            'size_found', 'one_layer_found', 'many_found', 'metrics_found', 'steering_found', 'over_latents', 'paired',
            'ability_found', 'share_of', 'tokens_found', 'activations_found', 'Claimed', 'experiment_called', 'theirs',
-           'paper_claims', 'verdict_line', 'claims_page', 'verdicts_on', 'headline']
+           'paper_claims', 'found_for', 'verdict_line', 'claims_page', 'verdicts_on', 'headline']
 
 # %% ../nbs/63_claims.ipynb #6a08e465
 from collections.abc import Callable
@@ -312,10 +312,15 @@ def paper_claims() -> dict[str, Claimed]:
     claims = [Claimed(c[0], c[1], c[2], experiment_called(c[3]), *c[4:]) for c in own]
     return {f"E{i}": claim for i, claim in enumerate(claims, 1)}
 
+# %% ../nbs/63_claims.ipynb #fcdf3d50
+def found_for(claim: Claimed) -> Finding:
+    "What the rows say about a claim; nothing where its experiment has none."
+    return claim.find() if committed_rows(claim.experiment) else NOT_TESTED
+
 # %% ../nbs/63_claims.ipynb #54cced8c
 def verdict_line(number: str, claim: Claimed) -> str:
     "A claim as a line of the table."
-    found = claim.find()
+    found = found_for(claim)
     verdict = joint_verdict(list(found.parts.values()))
     parts = "; ".join(f"{name}: {v}" for name, v in found.parts.items() if name)
     link = f"[{claim.says}](../nbs/experiments/{claim.experiment}.ipynb)"
@@ -341,7 +346,7 @@ def claims_page() -> str:
 # %% ../nbs/63_claims.ipynb #68d6e5c5
 def _sentences(number: str, claim: Claimed) -> str:
     "A claim, what the paper says, and what the rows say, as an item of a list."
-    found = claim.find()
+    found = found_for(claim)
     verdict = joint_verdict(list(found.parts.values()))
     told = f"- **{verdict}**: {claim.says} ({number}). The paper: {claim.paper} ({claim.source})."
     if found == NOT_TESTED:
