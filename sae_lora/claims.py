@@ -348,7 +348,10 @@ def _sentences(number: str, claim: Claimed) -> str:
     "A claim, what the paper says, and what the rows say, as an item of a list."
     found = found_for(claim)
     verdict = joint_verdict(list(found.parts.values()))
-    told = f"- **{verdict}**: {claim.says} ({number}). The paper: {claim.paper} ({claim.source})."
+    paper = f"The paper: {claim.paper} ({claim.source})."
+    if claim.paper == "–":
+        paper = "What the paper found could not be read."
+    told = f"- **{verdict}**: {claim.says} ({number}). {paper}"
     if found == NOT_TESTED:
         return f"{told} No rows yet."
     here = found.ce if found.kl == "–" else f"CE closed {found.ce}, KL closed {found.kl}"
