@@ -259,12 +259,12 @@ def _change(m: dict, name: str, sign: int) -> Estimate:
 
 # %% ../nbs/63_claims.ipynb #d8df4d59
 class Claimed(NamedTuple):
-    "A claim of the paper, with what it reports and where."
+    "A claim of the paper, with what it reports and where, and the number of its experiment."
 
     says: str
     paper: str
     source: str
-    experiment: str
+    experiment: int
     find: Callable[[], Finding] = lambda: NOT_TESTED
 
 # %% ../nbs/63_claims.ipynb #9f691513
@@ -309,13 +309,13 @@ def paper_claims() -> dict[str, Claimed]:
         ("most tokens improve", "–", "not read", 11, tokens_found),
         ("later activations are closer", "–", "not read", 12, activations_found),
     ]
-    claims = [Claimed(c[0], c[1], c[2], experiment_called(c[3]), *c[4:]) for c in own]
-    return {f"E{i}": claim for i, claim in enumerate(claims, 1)}
+    return {f"E{i}": Claimed(*parts) for i, parts in enumerate(own, 1)}
 
 # %% ../nbs/63_claims.ipynb #fcdf3d50
 def found_for(claim: Claimed) -> Finding:
     "What the rows say about a claim; nothing where its experiment has none."
-    return claim.find() if committed_rows(claim.experiment) else NOT_TESTED
+    rows = committed_rows(experiment_called(claim.experiment))
+    return claim.find() if rows else NOT_TESTED
 
 # %% ../nbs/63_claims.ipynb #54cced8c
 def verdict_line(number: str, claim: Claimed) -> str:
@@ -323,7 +323,8 @@ def verdict_line(number: str, claim: Claimed) -> str:
     found = found_for(claim)
     verdict = joint_verdict(list(found.parts.values()))
     parts = "; ".join(f"{name}: {v}" for name, v in found.parts.items() if name)
-    link = f"[{claim.says}](../nbs/experiments/{claim.experiment}.ipynb)"
+    name = experiment_called(claim.experiment)
+    link = f"[{claim.says}](../nbs/experiments/{name}.ipynb)"
     columns = (
         f"{number} {link}",
         f"{claim.paper} ({claim.source})",
@@ -360,8 +361,8 @@ def _sentences(number: str, claim: Claimed) -> str:
 
 def verdicts_on(experiment: str) -> list[str]:
     "The verdicts on the claims that an experiment answers, a line each; beyond the paper, none."
-    claims = paper_claims().items()
-    return [_sentences(number, c) for number, c in claims if c.experiment == experiment]
+    own = int(experiment.partition("_")[0])
+    return [_sentences(number, c) for number, c in paper_claims().items() if c.experiment == own]
 
 # %% ../nbs/63_claims.ipynb #62020aed
 def headline() -> str:
