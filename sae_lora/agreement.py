@@ -43,7 +43,7 @@ def _no_sinks(a: Tensor, b: Tensor) -> Tensor:
     "The positions that are stray sinks in neither model, by the sum of all their latents."
     return usual(a.sum(-1)) & usual(b.sum(-1))
 
-
+# %% ../nbs/48_agreement.ipynb #f7d6cba4
 def _smaller_and_larger(a: Tensor, b: Tensor) -> Tensor:
     "By latent `(2, d_sae)`, the smaller and the larger activation of two models, summed up."
     some = _no_sinks(a, b)

@@ -40,7 +40,8 @@ def _in_both(
 # %% ../nbs/49_cards.ipynb #b66dfec0
 def _pieces(tok, ids: list[int]) -> list[str]:
     "The text of each token of a row, as it stands there."
-    out, before, held = [], [], []
+    out, before = [], []
+    held = []
     for t in ids:
         held = [*held, t]
         text = tok.decode(before + held)[len(tok.decode(before)) :]

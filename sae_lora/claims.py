@@ -358,7 +358,7 @@ def _sentences(number: str, claim: Claimed) -> str:
     here = found.ce if found.kl == "–" else f"CE closed {found.ce}, KL closed {found.kl}"
     return f"{told} Here: {here} (95 % intervals: {found.over})."
 
-
+# %% ../nbs/63_claims.ipynb #fa512f6d
 def verdicts_on(experiment: str) -> list[str]:
     "The verdicts on the claims that an experiment answers, a line each; beyond the paper, none."
     own = int(experiment.partition("_")[0])

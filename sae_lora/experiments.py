@@ -101,7 +101,7 @@ def _check_alone(folder: Path):
             f"{told}; run the experiment once without torchrun, or name a finished SAE"
         )
 
-
+# %% ../nbs/61_experiments.ipynb #f5129450
 def _trained(lm, blocks, spec: dict) -> Path:
     "The folder of the SAE of a spec, which is trained if it is not there."
     p = _made_of(lm, blocks, **spec)

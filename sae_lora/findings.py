@@ -75,19 +75,19 @@ def parameters_of(cells: list) -> dict:
 # %% ../nbs/75_findings.ipynb #9e180ea8
 CALLED = {"smollm2-135m": "SmolLM2-135M-Instruct", "gemma-3-270m": "Gemma-3-270M"}
 
-
+# %% ../nbs/75_findings.ipynb #dbbeccf5
 def _counted(n: int, what: str) -> str:
     "A number of things: `1 seed`, `2 seeds`."
     return f"{n} {what}{'s' if n > 1 else ''}"
 
-
+# %% ../nbs/75_findings.ipynb #d5e88088
 def _models(values: dict) -> str:
     "The models of an experiment, from its parameters."
     worlds = [values, *values.get("models", []), *values.get("worlds", [])]
     names = dict.fromkeys(world["model"] for world in worlds if "model" in world)
     return " and ".join(CALLED.get(name, name) for name in names)
 
-
+# %% ../nbs/75_findings.ipynb #16301825
 def circumstances(values: dict) -> str:
     "With what the rows of an experiment were made, in a sentence, from its parameters."
     parts, budgets = [_models(values)], values.get("budgets", [values.get("tokens")])

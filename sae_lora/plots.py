@@ -98,13 +98,13 @@ def curve(rows: pd.DataFrame, ce: dict[str, float] | None = None):
 # %% ../nbs/60_plots.ipynb #b767206f
 SHARES = {"ce": "gap_closed", "kl": "kl_closed"}
 
-
+# %% ../nbs/60_plots.ipynb #108e4d1e
 def _ends(t: pd.DataFrame, share: str) -> list:
     "The interval of a share that the first of some rows keeps, if it keeps one."
     kept = t.get(f"ci95.{share}", pd.Series([None])).iloc[0]
     return kept if isinstance(kept, list) else [None, None]
 
-
+# %% ../nbs/60_plots.ipynb #7aab1385
 def _closed(t: pd.DataFrame, share: str) -> Estimate:
     "What rows that differ in their seed alone close."
     closed = 1 - t["kl.adapted"] / t["kl.spliced"] if share == "kl_closed" else t[share]
@@ -118,7 +118,7 @@ def _in_percent(name: str, e: Estimate) -> dict[str, float]:
     ends = [float("nan") if end is None else 100 * end for end in (e.low, e.high)]
     return {name: 100 * e.value, f"{name}_low": ends[0], f"{name}_high": ends[1]}
 
-
+# %% ../nbs/60_plots.ipynb #48d0d9c0
 def gains(rows: pd.DataFrame, by=("rank",)) -> pd.DataFrame:
     """One line for each combination of `by`; rows of one differ in their seed alone.
 
@@ -186,7 +186,7 @@ PANELS = {
     "kl": ("KL closed", "percent of the KL"),
 }
 
-
+# %% ../nbs/60_plots.ipynb #0699678b
 def _gain_lines(axes, table: pd.DataFrame, x: str, by: str, log: bool):
     "A line for each value of `by` in each of the `PANELS`."
     n = table[by].nunique()

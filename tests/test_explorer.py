@@ -218,7 +218,10 @@ def contrast(one: tuple, other: tuple) -> float:
 
 def colours(block: str) -> dict[str, tuple]:
     found = re.findall(r"--(\w+): #(\w\w)(\w\w)(\w\w)", block)
-    return {name: tuple(int(c, 16) for c in rgb) for name, *rgb in found}
+    by_name = {}
+    for name, *rgb in found:
+        by_name[name] = tuple(int(c, 16) for c in rgb)
+    return by_name
 
 
 def test_text_stands_out_in_light_and_dark():

@@ -26,7 +26,7 @@ from sae_lora.lm import head
 from sae_lora.lora import add_lora, lora_parameters
 from sae_lora.notebooks import experiments, has_size
 from sae_lora.objective import Objective, distill_each, published_each
-from sae_lora.plan import compared, cost_of, laptop_rate, plan, shares
+from sae_lora.plan import compared, cost_of, efficiency, laptop_rate, plan
 from sae_lora.results import Results, key, rows_path
 
 LAPTOP = ("02_sparsity", "03_width", "05_model_size", "06_one_layer", "07_many_saes")
@@ -115,7 +115,7 @@ def test_size_gpu_takes_a_night():
     names = [n for n in experiments() if has_size(n, "gpu")]
     everything = plan(names, "gpu", 4e14)[-1]
     assert everything["hours"] <= 8 and everything["memory"] < 80e9
-    assert 0 < shares()["saes"] < 1 and laptop_rate() > 0
+    assert 0 < efficiency()["saes"] < 1 and laptop_rate() > 0
 
 
 def test_the_command_gives_json(capsys):

@@ -119,8 +119,10 @@ def train(folder: Path, run: dict, dies_at: int | None):
 def ended(folder: Path) -> tuple[dict, torch.Tensor]:
     "The parameters of a run at its end, and its losses."
     curves = json.loads((folder / "curves.json").read_text())
-    losses = torch.tensor([[row["loss"] for row in curve] for curve in curves.values()])
-    return torch.load(folder / "end.pt", weights_only=True), losses
+    losses = []
+    for curve in curves.values():
+        losses.append([row["loss"] for row in curve])
+    return torch.load(folder / "end.pt", weights_only=True), torch.tensor(losses)
 
 
 def same(one: Path, other: Path):
