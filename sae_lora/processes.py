@@ -39,8 +39,11 @@ def agreed(value=None):
 
 # %% ../nbs/09_processes.ipynb #29cda5a4
 def own_rows(rows: Tensor) -> Tensor:
-    "This process's part of the indices of a batch's rows; all of them where there is but one."
-    return rows[processes().process_index :: processes().num_processes] if processes() else rows
+    """This process's part of the indices of a batch's rows.
+
+    All of them where there is but one process, or where the processes cannot share them evenly."""
+    n = processes().num_processes if processes() else 1
+    return rows if len(rows) % n or n == 1 else rows[processes().process_index :: n]
 
 # %% ../nbs/09_processes.ipynb #18a769e0
 def _means(tensors: list[Tensor]) -> tuple[Tensor, ...]:

@@ -113,7 +113,7 @@ def _check(run: _Run):
     "Raise `UsageError` where a run cannot be."
     batch = run.settings["batch"]
     check_budget(run.tokens, batch, run.rows.shape[-1])
-    if processes() and batch % processes().num_processes:
+    if processes() and batch % processes().num_processes and not sharded(run.lm):
         several = f"{processes().num_processes} processes cannot share batches of {batch} rows"
         raise UsageError(f"{several}; give a batch they divide")
     _check_savings(run)
