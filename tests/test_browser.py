@@ -88,6 +88,10 @@ MEASURE = """() => {
   };
 }"""
 
+# A page of the book says which theme it has; the explorer, which is no such page, has but CSS.
+THEMED = """dark => !document.querySelector('#quarto-content')
+  || document.documentElement.classList.contains('quarto-dark') === dark"""
+
 
 @pytest.fixture(scope="module")
 def chromium():
@@ -110,8 +114,7 @@ class Visits:
     def measured(self, scheme: str, width: int) -> dict:
         self.page.emulate_media(color_scheme=scheme)
         self.page.set_viewport_size(dict(width=width, height=900))
-        dark = "dark => document.documentElement.classList.contains('quarto-dark') === dark"
-        self.page.wait_for_function(dark, arg=scheme == "dark")
+        self.page.wait_for_function(THEMED, arg=scheme == "dark")
         return self.page.evaluate(MEASURE)
 
     def visit(self, path) -> dict:
