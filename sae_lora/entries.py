@@ -73,7 +73,8 @@ def defined(code: str) -> str:
     "What a cell defines, in words for the line that is clicked on."
     names, nodes = [], ast.parse(code).body
     for node in nodes:
-        names += [node.name] if hasattr(node, "name") else _assigned(node)
+        own = [node.name] if hasattr(node, "name") else _assigned(node)
+        names += [name for name in own if hasattr(node, "name") or name.isupper()]
     if names:
         return "source of " + ", ".join(dict.fromkeys(names))
     only = all(isinstance(node, ast.Import | ast.ImportFrom) for node in nodes)
