@@ -100,7 +100,7 @@ def _experiments() -> str:
 
 # %% ../nbs/76_site.ipynb #5782fdd2
 LISTS = {
-    "README.md": {"chapters": _table},
+    "README.md": {"chapters": _table, "headline": headline},
     "_quarto.yml": {"chapters": _sidebar, "experiments": _experiments},
     "index.qmd": {"chapters": _words, "headline": headline},
     "pages/paper-scale.qmd": {"plan": plan_page},
