@@ -43,6 +43,11 @@ def _no_sinks(a: Tensor, b: Tensor) -> Tensor:
     "The positions that are stray sinks in neither model, by the sum of all their latents."
     return usual(a.sum(-1)) & usual(b.sum(-1))
 
+# %% ../nbs/48_agreement.ipynb #1defc09d
+def _fires(a: Tensor, b: Tensor) -> Tensor:
+    "By latent `(2, d_sae)`, at how many positions it fires in each of two models."
+    return torch.stack([(f > 0).sum((0, 1)).cpu() for f in (a, b)])
+
 # %% ../nbs/48_agreement.ipynb #f7d6cba4
 def _smaller_and_larger(a: Tensor, b: Tensor) -> Tensor:
     "By latent `(2, d_sae)`, the smaller and the larger activation of two models, summed up."
@@ -59,7 +64,6 @@ class _Pair:
     fired: list[Tensor] = field(default_factory=list)  # positions where any latent fires, by row
     peaks: list[Tensor] = field(default_factory=list)  # (2, rows, d_sae)
     rates: Tensor | int = 0  # how often each latent fires, (2, d_sae)
-    strengths: Tensor | int = 0  # the smaller and the larger activation, summed up, (2, d_sae)
     positions: int = 0
 
     def add(self, a: Tensor, b: Tensor, counts: Tensor):
@@ -68,8 +72,7 @@ class _Pair:
         self.index += [index]
         self.fired += [fired]
         self.peaks += [torch.stack([a.amax(1), b.amax(1)])]
-        self.rates = self.rates + torch.stack([(f > 0).sum((0, 1)).cpu() for f in (a, b)])
-        self.strengths = self.strengths + _smaller_and_larger(a, b)
+        self.rates = self.rates + _fires(a, b)
         self.positions += int(counts.sum())
 
 # %% ../nbs/48_agreement.ipynb #518a129d
@@ -96,13 +99,19 @@ def _check_models(lm, saes: dict, names):
             raise UsageError(f"model {name!r}; there are {', '.join(there)}")
 
 # %% ../nbs/48_agreement.ipynb #e36a14f7
-def _compared(lm, saes: dict, layer: int, batches, compare, keep: str) -> _Pair:
-    "The latents of the SAE at `layer` in two of the four models, all `batches` of rows."
-    pair = _Pair()
+def _both(lm, saes: dict, layer: int, batches, compare, keep: str):
+    "By batch of rows: the latents of the SAE at `layer` in two of the four models, what counts."
     for rows in batches:
         a, counts = latents_in_model(lm, saes, layer, rows, compare[0], keep)
         b, _ = latents_in_model(lm, saes, layer, rows, compare[1], keep)
-        pair.add(a, b, counts)
+        yield a, b, counts
+
+# %% ../nbs/48_agreement.ipynb #edb0fc41
+def _compared(lm, saes: dict, layer: int, batches, compare, keep: str) -> _Pair:
+    "What those latents have in common, over all `batches`."
+    pair = _Pair()
+    for each in _both(lm, saes, layer, batches, compare, keep):
+        pair.add(*each)
     return pair
 
 # %% ../nbs/48_agreement.ipynb #2cce7bb3
@@ -140,6 +149,11 @@ def latent_changes(
     models `(2, d_sae)`, and its change from one to the other `(d_sae,)`, from 0 to 1."""
     saes = check_saes(lm, saes)
     _check_models(lm, saes, compare)
-    pair = _compared(lm, saes, layer, rows.split(batch), compare, keep)
-    smaller, larger = pair.strengths
-    return pair.rates / pair.positions, (larger - smaller) / larger.clamp_min(1e-9)
+    fires, strengths = 0, 0
+    positions = 0
+    for a, b, counts in _both(lm, saes, layer, rows.split(batch), compare, keep):
+        fires = fires + _fires(a, b)
+        strengths = strengths + _smaller_and_larger(a, b)
+        positions += int(counts.sum())
+    smaller, larger = strengths
+    return fires / positions, (larger - smaller) / larger.clamp_min(1e-9)
