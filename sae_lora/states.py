@@ -129,7 +129,8 @@ def _batch_by_batch(
     lm, rows: Tensor, at: list, keep: str, batch: int, how: Arithmetic
 ) -> Iterable[list[Tensor]]:
     "`replaceable_states` of all rows, so many at a time."
-    label = f"hidden states at {', '.join(map(in_words, at))}"
+    where = in_words(at[0]) if len(at) == 1 else f"{len(at)} sites"
+    label = f"hidden states at {where}"
     for some in tqdm(rows.split(batch), desc=label, leave=False):
         yield replaceable_states(lm, some, at, keep, how)
 
