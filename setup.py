@@ -1,5 +1,6 @@
 """The package as settings.ini describes it, with `data/` inside the wheel as `sae_lora/data`."""
 
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -16,6 +17,13 @@ data = [
 
 PYTHONS = s["pythons"].split()  # those that the workflow tests
 site, code = s["doc_host"], s["git_url"]
+
+
+def anywhere(text: str) -> str:
+    "Markdown whose pictures and links into this repository work wherever it is shown."
+    text = re.sub(r"(!\[[^\]]*\])\((?!https?:)", rf"\1({code}/raw/{s['branch']}/", text)
+    return re.sub(r"\]\((?!https?:|#)", f"]({code}/blob/{s['branch']}/", text)
+
 
 setup(
     name=s["lib_name"],
@@ -43,7 +51,7 @@ setup(
     license="Apache-2.0",
     keywords=s["keywords"].split(),
     python_requires=f">={s['min_python']}",
-    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description=anywhere(Path("README.md").read_text(encoding="utf-8")),
     long_description_content_type="text/markdown",
     packages=["sae_lora", "sae_lora.data"],
     package_dir={"sae_lora.data": "data"},

@@ -62,10 +62,23 @@ def test_a_wheel_from_the_sources_is_installed_and_finds_its_data(published, tmp
     assert done.stdout.split() == [str(tmp_path / "sae_lora" / "__init__.py"), "True"], done.stderr
 
 
-def test_metadata_are_whole(published):
+@pytest.fixture(scope="module")
+def about(published):
+    "The wheel's metadata."
     wheel = zipfile.ZipFile(published)
     (name,) = [n for n in wheel.namelist() if n.endswith("METADATA")]
-    about = email.message_from_bytes(wheel.read(name))
+    return email.message_from_bytes(wheel.read(name))
+
+
+def test_an_index_shows_the_readme_with_links_that_lead_somewhere(about):
+    text = about.get_payload()
+    targets = re.findall(r"\]\(([^)]+)\)", text)
+    assert len(targets) > 50 and all(t.startswith(("https://", "#")) for t in targets)
+    (picture,) = re.findall(r"!\[[^\]]*\]\((\S+demo\.png)\)", text)
+    assert picture.endswith("/raw/main/data/results/demo.png")
+
+
+def test_metadata_are_whole(about):
     pythons = {c.rpartition(" ")[2] for c in about.get_all("Classifier") if re.search(r"3\.\d", c)}
     (tests,) = [yaml.safe_load(p.read_text()) for p in WORKFLOWS if p.stem == "tests"]
     assert pythons == set(tests["jobs"]["tests"]["strategy"]["matrix"]["python"])
