@@ -213,11 +213,11 @@ def run_adapt(  # noqa: PLR0913, the options of a command
     """Check, splice, adapt, measure and save to the folder `out`.
 
     `saes` is `{site: SAE}`, by default the embedded one. The budget is `tokens`, or where these
-    are `None` what is trained on in `minutes`. `cut` is `token_blocks`'; with `spread` processes
-    share the model. With `resume` the stopped run in `out` goes on, with `force` what is there is
-    written over. `told(found)` gets what the check found, before training. `changes` (`lr`,
-    `batch`, `keep_unspliced`) replace settings of the recipe. Raises `UsageError` for a mistake,
-    `Stopped` where it was told to stop."""
+    are `None` what is trained on in `minutes`. `cut` goes to `token_blocks`. With `spread` several
+    processes share the model, with `resume` the stopped run in `out` goes on, with `force` what is
+    there is written over. `told(found)` gets what the check found, before training. `changes`
+    (`lr`, `batch`, `keep_unspliced`) replace settings of the recipe. Raises `UsageError` for a
+    mistake, `Stopped` where it was told to stop."""
     out, changes = Path(out), {k: v for k, v in changes.items() if v is not None}
     _check_asked(tokens, length, dict(recipe=recipe, **changes))
     with run_folder(out, resume, force) as was:

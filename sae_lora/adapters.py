@@ -25,7 +25,7 @@ from .anatomy import canonical
 from .checked import Count, Finite, mistake, no_file, read_json, read_tensors, said
 from .containers import Unplaced
 from .embedded import quietly
-from .files import UsageError, written
+from .files import UsageError, one_of, written
 from .formats import load_sae
 from .hub import asking, why
 from .lm import load_lm, special_ids
@@ -64,7 +64,7 @@ def _describe(lm, saes: dict, keep: str, metrics: dict) -> dict:
     return dict(
         model=lm.name_or_path,
         saes=[_sae_entry(site, saes[site]) for site in sorted(saes)],
-        positions=dict(keep=keep, special_ids=special_ids(lm)),
+        positions=dict(keep=one_of("keep", keep, KEEP), special_ids=special_ids(lm)),
         metrics=metrics,
         versions={p: version(p) for p in ("torch", "transformers", "peft")},
     )
@@ -85,19 +85,29 @@ def _write_about(about: dict, config, folder: Path):
     (folder / "sae_lora.json").write_text(json.dumps(about, indent=1) + "\n")
     (folder / "README.md").write_text(model_card(about, config), encoding="utf-8")
 
+# %% ../nbs/30_adapters.ipynb #ef8254a8
+def _active(lm) -> str:
+    "The name of the adapter that is on. Raises `UsageError` where none is, or several are."
+    if not lora_parameters(lm):
+        raise UsageError("the model has no adapter to save; add one with add_lora")
+    names = lm.active_adapters()
+    if len(names) != 1:
+        raise UsageError(f"adapters {', '.join(names)} are on; say which with lm.set_adapter")
+    return names[0]
+
 # %% ../nbs/30_adapters.ipynb #0d7a1c33
 def save_adapter(lm, saes: dict, folder, keep: str = "special", metrics: dict | None = None):
     """Write the adapter to `folder`: PEFT's files, `sae_lora.json` and a model card.
 
-    `metrics` is what `fidelity` measured."""
-    if not lora_parameters(lm):
-        raise UsageError("the model has no adapter to save; add one with add_lora")
+    `keep` is the rule of positions that it was trained with, `metrics` what `fidelity` measured.
+    Of several adapters it is the one that is on. Raises `UsageError` where there is none such."""
+    name = _active(lm)
     saes, about = check_saes(lm, saes), _describe(lm, saes, keep, metrics or {})
     with written(folder, marker="sae_lora.json") as part:
         with asking(False):
             quietly(lm.save_pretrained, part)  # PEFT would look for the base model
         _save_saes(about["saes"], saes, part)
-        _write_about(about, next(iter(lm.peft_config.values())), part)
+        _write_about(about, lm.peft_config[name], part)
 
 # %% ../nbs/30_adapters.ipynb #e02c988a
 _MEND = "give a folder that save_adapter wrote"
@@ -298,7 +308,7 @@ def _put_on(lm, folder: Path, trainable: bool):
 
 # %% ../nbs/30_adapters.ipynb #90efa9d5
 def attach_adapter(lm, source, saes: dict | None = None, trainable: bool = False) -> dict:
-    """Put the adapter of `source`, a folder or a hub id, on `lm`; its SAEs, `{layer: SAE}`.
+    """Put the adapter of `source`, a folder or a hub id, on `lm`; its SAEs, `{site: SAE}`.
 
     They are loaded from where `sae_lora.json` says, or checked where given as `saes`. Raises
     `UsageError` where a file is missing, damaged or for another model, or an SAE is not the one

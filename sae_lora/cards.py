@@ -91,9 +91,10 @@ def _passage(texts: list, acts: dict, where: tuple[int, int, int]) -> dict:
 
 # %% ../nbs/49_cards.ipynb #c300a355
 def _overlap(first: list[tuple], second: list[tuple]) -> float:
-    "Which share of the rows of the first passages `(row, start, stop)` are rows of the second."
-    rows = {row for row, _, _ in first}
-    return len(rows & {row for row, _, _ in second}) / max(len(rows), 1)
+    "The share of rows that passages `(row, start, stop)` have in common, as `agreement` has it."
+    a = {row for row, _, _ in first}
+    b = {row for row, _, _ in second}
+    return len(a & b) / max(min(len(a), len(b)), 1)
 
 # %% ../nbs/49_cards.ipynb #e70f0783
 def _meets(where: tuple, others: list[tuple]) -> bool:
@@ -129,8 +130,9 @@ def latent_cards(
     """What a page about each of the `latents`, `{layer: [latent, …]}`, shows, ready for JSON.
 
     `rate` and `top_overlap` in two of the four models, what the latent `promotes` and `suppresses`,
-    its `n` `passages` of the first, and which of those of the second are none of them (`also`).
-    A passage has `tokens`, `None` where documents are parted, and for both models activations."""
+    the `passages` of its `n` highest peaks in the first model, and in `also` those of the second
+    that overlap none of these. A passage has `tokens`, `None` where documents are parted, and the
+    activations by model."""
     saes, cards = check_saes(lm, saes), []
     ids = token_ids(rows).cpu()
     for layer, own in latents.items():

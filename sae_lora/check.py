@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .counted import duration
 from .devices import memory_of, peak_memory
-from .files import UsageError
+from .files import UsageError, in_range
 from .hidden import hidden
 from .lm import device_of, head, on_device
 from .lora import add_lora, lora_parameters
@@ -152,7 +152,7 @@ def _same_random_numbers(device: torch.device):
 
 # %% ../nbs/77_check.ipynb #7e274cba
 def timed_steps(lm, saes: dict, rows: Tensor, training: dict, steps: int = 4) -> list[float]:
-    "Seconds of each of `steps` training steps on `rows`; the first pays for what comes only once."
+    "Seconds of each of `steps` (2 or more) training steps on `rows`; the first has one-time costs."
     batch = step_rows(training)
     tokens = steps * batch * rows.shape[-1]
     with _same_random_numbers(device_of(lm)):
@@ -220,6 +220,7 @@ def preflight(
 
     Losses are in nats per token, times in seconds, memory in bytes. Raises `UsageError` where the
     run would."""
+    in_range("steps", steps, 2, 2**20)  # the first pays for what comes once
     saes, keep = check_saes(lm, saes), training.get("keep", "special")
     began = time.perf_counter()
     own = [_seen(lm, site, sae, rows, keep) for site, sae in saes.items()]

@@ -322,7 +322,8 @@ def _read_safetensors(path: Path, expected: dict | None, mend: str) -> dict:
 def read_tensors(path, expected: dict | None = None, mend: str = "restore the file") -> dict:
     """The tensors of a `.safetensors` or `.npz` file, by name.
 
-    Raises `UsageError` where it is damaged, holds NaN, or has shapes that are not `expected`."""
+    `expected` has a shape for each name, or `None` for any.
+    Raises `UsageError` where it is damaged, holds NaN, or has other names or shapes."""
     path = a_file(path, mend)
     read = _read_npz if path.suffix == ".npz" else _read_safetensors
     tensors = read(path, expected, mend)

@@ -41,7 +41,7 @@ def committed_rows(experiment: str, **asked) -> list[dict]:
 
 # %% ../nbs/63_claims.ipynb #7cb64dcb
 def ce_closed(row: dict) -> Estimate:
-    "The share of the gap in cross-entropy that an adapter closes, with its interval over rows."
+    "The share of the CE gap that an adapter closes, with its interval over validation rows."
     m = row["metrics"]
     return Estimate(m["gap_closed"], *m["ci95"]["gap_closed"])
 
@@ -209,11 +209,10 @@ def ability_found() -> Finding:
         "something back with the SAE in": joint_verdict([more_than(e) for e in back]),
     }
     lost = sum(e.high < 0 for e in out)
-    said = (
-        f"SAE out: worse beyond the interval in {lost} of {len(out)} runs; SAE in: "
-        f"{percent(min(back))} to {percent(max(back))} of items, where the splice costs some"
-    )
-    return Finding(said, "–", "items, paired; one seed", parts)
+    ends = f"{percent(min(back))} to {percent(max(back))} of items" if back else "nothing"
+    said = f"SAE out: worse beyond the interval in {lost} of {len(out)} runs; SAE in: {ends}"
+    how = "items, paired; one seed"
+    return Finding(f"{said}, where the splice costs some", "–", how, parts)
 
 # %% ../nbs/63_claims.ipynb #bc5c3037
 def share_of(better: int, worse: int) -> Estimate:

@@ -260,7 +260,7 @@ def train_sae(
     device: options.Device = None,
     resume: options.Resume = False,
     force: options.Force = False,
-    seed: options.Seed = 0,
+    seed: options.SAESeed = 0,
     as_json: options.Json = False,
 ):
     "Train a TopK SAE on the hidden states of a model and save it in SAELens format, with a card."
@@ -331,10 +331,10 @@ def planned(
     as_json: options.Json = False,
 ):
     "What experiments of a size cost: rows, tokens, operations, memory, hours. Nothing is computed."
-    from sae_lora.notebooks import experiments, has_size
+    from sae_lora.notebooks import sized
     from sae_lora.plan import plan, plan_lines, rate_here
 
-    names = [name] if name and not every else [n for n in experiments() if has_size(n, size)]
+    names = [name] if name and not every else sized(size)
     rate = rate or rate_here()
     lines = plan(names, size, rate, gpus)
     told = dict(rate=rate, gpus=gpus, plan=lines)

@@ -66,7 +66,10 @@ LINEAR_NAMES = ("encoder.weight", "encoder.bias", "decoder.weight", "decoder.bia
 
 # %% ../nbs/17_containers.ipynb #7bd8f099
 def layout_of(names, encoder: str, decoder: str) -> dict[str, tuple[str, str]]:
-    "The layout of a file that has an SAE's four tensors under `names`, its matrices so laid."
+    """The layout of an SAE's four tensors: for each of `names`, SAELens' name and dimensions.
+
+    `names` are the file's, ordered as `SAELENS_NAMES`; `encoder` and `decoder` are the dimensions
+    of the two matrices in letters, such as `nd`."""
     output = decoder.replace("n", "")
     return dict(zip(names, zip(SAELENS_NAMES, (encoder, "n", decoder, output))))
 

@@ -39,8 +39,8 @@ def docstrings(source: str) -> Iterator[str]:
 def _folder(package: str) -> Path:
     "Where an installed package is. Raises `UsageError` for one that is not installed."
     spec = importlib.util.find_spec(package)
-    if spec is None:
-        raise UsageError(f"library {package!r} is not installed")
+    if spec is None or not spec.submodule_search_locations:
+        raise UsageError(f"library {package!r} is not installed as a folder of files")
     return Path(spec.submodule_search_locations[0])
 
 # %% ../nbs/05_corpora.ipynb #fad6d0dc

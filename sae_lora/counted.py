@@ -197,10 +197,11 @@ def memory(
     published = group.recipe == "published"
     adapters = sum(lora_numbers(shape, places, group.layers, r) for r in group.ranks)
     saes = sum(2 * p.latents * shape.width for p in places)
-    trained = adapters + (0 if all(group.ranks) else saes)
+    frozen = saes if all(group.ranks) else 0
+    trained = adapters + saes - frozen
     on = adapted(shape, places, group.layers)
     logits = 4 * 4 * rows * length * shape.vocabulary if published else PIECES
-    held = bytes_each * shape.parameters + 4 * saes + ADAM * trained
+    held = bytes_each * shape.parameters + 4 * frozen + ADAM * trained
     return held + _kept(shape, on, rows * length, length, published) + logits
 
 # %% ../nbs/68_counted.ipynb #512540ac
@@ -210,4 +211,5 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} seconds"
     if seconds < 90 * 60:
         return f"{seconds / 60:.2g} minutes"
-    return f"{seconds / 3600:.2g} hours"
+    hours = seconds / 3600
+    return f"{hours:.2g} hours" if hours < 99.5 else f"{hours:,.0f} hours"

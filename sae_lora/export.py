@@ -44,13 +44,15 @@ def merged_weights(lm) -> dict[str, Tensor]:
 
 # %% ../nbs/81_export.ipynb #b7188269
 def merged(lm):
-    "A model of its own, with the adapter of `lm` merged, in float32, on the device of `lm`."
+    """A model of its own, with the adapter of `lm` merged, in float32, on the device of `lm`.
+
+    Raises `UsageError` for an adapter with DoRA or biases."""
     options = lm.peft_config["default"]
     if options.use_dora or options.lora_bias:
         raise UsageError("an adapter with DoRA or biases cannot be merged; train one without")
     plain = AutoModelForCausalLM.from_config(lm.config, dtype=torch.float32)
     plain.load_state_dict(merged_weights(lm))
-    plain.name_or_path = lm.name_or_path
+    plain.name_or_path, plain.generation_config = lm.name_or_path, lm.generation_config
     return plain.to(device_of(lm)).eval().requires_grad_(False)
 
 # %% ../nbs/81_export.ipynb #f4fded90

@@ -166,6 +166,8 @@ def _fold(sae, spec, norm_factor: float | None):
     if told := _cannot_fold(sae):
         raise mistake(spec, told, "give one whose scale is folded into its weights")
     if sae.cfg.normalize_activations != _SCALED:
+        if norm_factor is not None:
+            raise mistake(spec, "its activations were not scaled", "leave norm_factor out")
         return
     if norm_factor is None:
         told = "its activations were scaled by a factor that is not in the file"
@@ -176,9 +178,10 @@ def _fold(sae, spec, norm_factor: float | None):
 def load_sae(spec="default", norm_factor: float | None = None, device: str = "cpu", hook=None):
     """An SAE: `default`, a folder or file, `release:id`, or a SAELens object; frozen.
 
-    `norm_factor` folds in a scale of the activations that the file leaves out; `hook` is the place
-    in the model, in any spelling, for a file that doesn't say it or says it wrongly. Raises
-    `UsageError` for a file that is damaged, missing or unfolded, or of no place."""
+    An object is changed in place. `norm_factor`, √width over the mean norm of the activations,
+    folds in a scale that the file leaves out. `hook` is the place in the model, in any spelling,
+    for a file that doesn't say it or says it wrongly. Raises `UsageError` for a file that is
+    damaged, missing or unfolded, or that has no place."""
     sae = spec if isinstance(spec, nn.Module) else _read(str(spec), hook)
     if sae is spec:
         moved(sae, hook, "SAE")

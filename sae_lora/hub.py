@@ -96,7 +96,7 @@ def asking(hub: bool = True):
 
 # %% ../nbs/03_hub.ipynb #d1ae62af
 def why(e: Exception) -> str:
-    "What to say of something that could not be fetched: what a library says, if it is not the hub."
+    "Why something could not be fetched: the hub cannot be reached, or else what the library says."
     if not reachable():
         return "not on this machine, and the hub cannot be reached"
     return said(e)

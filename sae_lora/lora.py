@@ -6,6 +6,7 @@
 __all__ = ['targets_of', 'lora_parameters', 'lora_layers', 'add_lora', 'without_lora', 'only']
 
 # %% ../nbs/28_lora.ipynb #c2cc93cc
+import re
 import warnings
 from contextlib import contextmanager
 
@@ -98,9 +99,8 @@ def targets_of(lm, layers, saes: dict | None = None, roles=("attention", "mlp"))
 # %% ../nbs/28_lora.ipynb #30437ed2
 def lora_parameters(lm, adapter: str | None = None) -> dict[str, nn.Parameter]:
     "The parameters of the adapter of that name, by default of all; empty where there is none."
-    own = "" if adapter is None else f".{adapter}"
-    named = lm.named_parameters()
-    return {n: p for n, p in named if "lora_" in n and own in n.split("lora_")[-1]}
+    own = re.compile(rf"\.lora_\w+\.{'[^.]+' if adapter is None else re.escape(adapter)}(\.|$)")
+    return {n: p for n, p in lm.named_parameters() if own.search(n)}
 
 # %% ../nbs/28_lora.ipynb #fb5aaaf7
 def lora_layers(lm) -> list[int]:
@@ -159,7 +159,8 @@ def add_lora(
     `layers` is `"after"` (the first SAE), `"all"`, or a list. `options` are `alpha`, which is
     `rank` unless given, and those of `peft.LoraConfig` (`lora_dropout`, `use_rslora`, …).
     The adapter is float32, trainable and active; everything else stays frozen. Further adapters
-    go beside it under other names."""
+    go beside it under other names. Raises `UsageError` for a rank, layers or a name that the model
+    cannot have."""
     _check_rank(lm, rank)
     _check_name(lm, name)
     config = _lora_config(rank, targets_of(lm, layers, saes, roles), **options)

@@ -47,8 +47,10 @@ def token_losses(
     `token_blocks` makes them. The model's mode is left as it is."""
     W, mode = head(lm), lm.training
     lm.eval()
-    parts = [_of_batch(lm, saes, W, some, keep, adapters) for some in rows.split(batch)]
-    lm.train(mode)
+    try:
+        parts = [_of_batch(lm, saes, W, some, keep, adapters) for some in rows.split(batch)]
+    finally:
+        lm.train(mode)
     return joined(parts) | {"real": targets(rows) >= 0}
 
 # %% ../nbs/33_metrics.ipynb #3af4ca42

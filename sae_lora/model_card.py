@@ -40,9 +40,8 @@ def _share(r: dict, name: str, of: str, interval: str = "") -> str:
 def won_back(r: dict) -> str:
     """What the adapter wins back of what the splice costs, in words.
 
-    It is the share of the gap and that of the KL, with the intervals that `r`, as `fidelity` gives
-    it, has. Of a gap that is negative or not told apart from zero no share is told, but that it is
-    so."""
+    That is the share of the gap and that of the KL, with the intervals that `r`, as `fidelity`
+    gives it, has. Where the gap is negative, or not told apart from zero, this is said instead."""
     reason, interval = no_share(r), "95% interval "
     kl = math.isfinite(r.get("kl_closed", math.nan))
     if reason:

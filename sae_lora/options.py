@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Model', 'Source', 'Saes', 'Out', 'Device', 'Resume', 'Force', 'Json', 'Rank', 'Layers', 'Length', 'Recipe', 'Keep',
-           'Batch', 'Seed', 'MANY', 'Tokens', 'Measured', 'Minutes', 'InPlaceOfMinutes', 'ValidText', 'Cut',
+           'Batch', 'Seed', 'SAESeed', 'MANY', 'Tokens', 'Measured', 'Minutes', 'InPlaceOfMinutes', 'ValidText', 'Cut',
            'LearningRate', 'KeepUnspliced', 'Shard', 'SaeLayer', 'SaeSite', 'Transcoder', 'Skip', 'Width', 'K',
            'SaeTokens', 'FromStream', 'SaeRate', 'SaeBatch', 'SaeMeasured', 'Half', 'Folder', 'To', 'ReportFile',
            'Experiment', 'Size', 'Every', 'Draw', 'Workers', 'Cluster', 'Gpus', 'Rate', 'SiteFolder', 'Serve',
@@ -41,8 +41,8 @@ Out = option(Path, "Folder to write to.")
 # %% ../nbs/84_options.ipynb #53663465
 Device = option(Optional[str], "cpu, cuda, cuda:1, mps; if not given, a GPU where there is one.")
 Resume = option(bool, "Go on with the stopped run in --out.", "--resume")
-Force = option(bool, "Write over what stands at --out; what is not written stays.", "--force")
-Json = option(bool, "Print the report as JSON, and nothing else, on standard output.", "--json")
+Force = option(bool, "Write over what stands at --out; other files there stay.", "--force")
+Json = option(bool, "Print the result as JSON, and nothing else, on standard output.", "--json")
 
 # %% ../nbs/84_options.ipynb #cf49cfa1
 Rank = option(int, "Rank of the adapter.", min=1, max=2**16)
@@ -56,6 +56,9 @@ Seed = option(
     "Seed of the adapter's initial weights, the order of the text, and dropout.",
     min=SEEDS[0],
     max=SEEDS[1],
+)
+SAESeed = option(
+    int, "Seed of the SAE's initial weights and of the order of its positions.", min=0, max=SEEDS[1]
 )
 
 # %% ../nbs/84_options.ipynb #e50c35d2

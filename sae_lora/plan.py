@@ -8,6 +8,7 @@ __all__ = ['COLUMNS', 'PAGE', 'GPUS', 'GEMMA', 'GEMMA_SAE', 'ASKED', 'FILLED', '
            'most_rows', 'token_seconds', 'gpus_page', 'gemma_in_paper']
 
 # %% ../nbs/72_plan.ipynb #f084ac43
+import math
 from typing import NamedTuple
 
 import pandas as pd
@@ -287,7 +288,7 @@ FILLED = 0.9  # of a card's memory; the rest is for what is not counted
 def most_rows(card: Gpu, recipe: str = "fast") -> int:
     "The most rows a step that a card has room for."
     one, two = step_bytes(recipe, 1), step_bytes(recipe, 2)
-    return max(int((FILLED * card.bytes - one) / (two - one)) + 1, 0)
+    return max(math.floor((FILLED * card.bytes - one) / (two - one)) + 1, 0)
 
 # %% ../nbs/72_plan.ipynb #ccf82d02
 def token_seconds(card: Gpu, recipe: str, layers: str = "after") -> float:

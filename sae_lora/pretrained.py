@@ -272,9 +272,10 @@ def _load(place, local: bool, dtype, where, mend: str) -> tuple:
 
 # %% ../nbs/08_pretrained.ipynb #20a3a0a5
 def from_pretrained(name: str, dtype=torch.float32) -> tuple:
-    """Model and tokenizer of an embedded model, a hub id, a folder or a GGUF file.
+    """Model and tokenizer of an embedded model, a hub id, a folder or a GGUF file, on the CPU.
 
-    Raises `UsageError` where it is not there, damaged, not whole, or no causal language model."""
+    Raises `UsageError` where it is not there, damaged, not whole, or has an encoder. Whether it is
+    causal is for `check_causal`, on the device where it will run."""
     place, local = _found(name)
     where, mend = _words(name, place, local)
     try:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .corpora import package_docstrings
+from .documents import UTF8
 from .files import UsageError
 from .latents import latents_at
 from .metrics import bootstrap
@@ -34,6 +35,13 @@ def _library(package: str, n: int) -> list[str]:
             break
     return out[:n]
 
+# %% ../nbs/52_probing.ipynb #7b7bf430
+def _without_header(by: dict[str, list[str]]) -> dict[str, list[str]]:
+    "Texts by class, less the first class where it is a header: it has one text, all others more."
+    first, *others = by or [None]
+    headed = others and len(by[first]) == 1 < min(len(by[label]) for label in others)
+    return {label: by[label] for label in others} if headed else by
+
 # %% ../nbs/52_probing.ipynb #f672c6f5
 def _from_csv(file, n: int) -> dict[str, list[str]]:
     "The first `n` texts of each class in a CSV file of class and text."
@@ -42,12 +50,10 @@ def _from_csv(file, n: int) -> dict[str, list[str]]:
             f"labelled text {str(file)!r}: no such file; give docs, or a CSV file of class and text"
         )
     by = {}
-    with open(file, encoding="utf-8", newline="") as f:
+    with open(file, encoding=UTF8, newline="") as f:
         for label, *cells in csv.reader(f):
-            own = by.setdefault(label, [])
-            if len(own) < n:
-                own.append(". ".join(cells))
-    return by
+            by.setdefault(label, []).append(". ".join(cells))
+    return {label: texts[:n] for label, texts in _without_header(by).items()}
 
 # %% ../nbs/52_probing.ipynb #31dcc387
 LIBRARIES = ("torch", "scipy", "sympy", "matplotlib")

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Callable
 
 from .arithmetic import Arithmetic, attention, prepared
-from .files import RATES, UsageError, in_range
+from .files import RATES, UsageError, in_range, one_of
+from .loop import DECAYS
 from .objective import distill_each, published_each
 
 # %% ../nbs/39_recipes.ipynb #eab4857b
@@ -79,10 +80,11 @@ RANGES = dict(batch=(1, 2**20), lr=RATES, warmup=(0, 0.99), clip=(0, 1e9), weigh
 
 # %% ../nbs/39_recipes.ipynb #6220933d
 def settings_of(recipe: str, changes: dict) -> dict:
-    "A recipe's settings with some changed. Raises `UsageError` for a number out of its range."
+    "A recipe's settings with some changed. Raises `UsageError` for a value that cannot be."
     settings = recipe_of(recipe).settings | changes
     for name, ends in RANGES.items():
         in_range(name, settings[name], *ends)
+    one_of("decay", settings["decay"], DECAYS)
     return settings
 
 # %% ../nbs/39_recipes.ipynb #4e44cb5a

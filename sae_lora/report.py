@@ -35,9 +35,10 @@ from .text import Blocks, token_blocks
 
 # %% ../nbs/78_report.ipynb #d0552bae
 def held_out(text: str | None, trained_on: str, tok, length: int, tokens: int) -> Blocks:
-    """Rows of `length` to measure an adapter on, `tokens` in all, of `text` or its training text.
+    """Rows of `length`, `tokens` in all, of documents of `text` that an adapter was not trained on.
 
-    Raises `UsageError` where the text is too short."""
+    `None` stands for `trained_on`, or `default` where that is `broad`. Raises `UsageError` where
+    the text is too short."""
     text = text or ("default" if trained_on == "broad" else trained_on)
     share = 0.05 if text in (*EMBEDDED_TEXTS, trained_on) else 1.0
     return token_blocks(text, tok, length, 0, tokens, share=share)
@@ -90,7 +91,7 @@ def _text_of(blocks: Blocks, keep: str) -> dict:
 
 # %% ../nbs/78_report.ipynb #d9f77a85
 def report(lm, saes: dict, blocks: Blocks, keep: str = "special", **about) -> dict:
-    "Measure the four models and the SAEs on the validation rows of `blocks`; `about` is passed on."
+    "Measure the four models and the SAEs on the validation rows of `blocks`; `about` is added."
     r = fidelity(lm, saes, blocks.valid, keep)
     own = [_of_sae(lm, sae, i, blocks, keep) for i, sae in saes.items()]
     what = dict(model=lm.name_or_path, saes=own) | _text_of(blocks, keep)

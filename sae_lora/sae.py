@@ -54,7 +54,8 @@ def _picked(sae, latents: Tensor) -> tuple[Tensor, Tensor]:
 # %% ../nbs/15_sae.ipynb #60b31789
 def active(sae, x: Tensor) -> tuple[Tensor, Tensor]:
     "Values and indices, `(…, k)`, of a TopK SAE's active latents on hidden states `(…, width)`."
-    latents = torch.addmm(sae.b_enc, sae.process_sae_in(x).flatten(0, -2), sae.W_enc)
+    read = sae.process_sae_in(x)
+    latents = torch.addmm(sae.b_enc, read.reshape(-1, read.shape[-1]), sae.W_enc)
     rescaled = getattr(sae.cfg, "rescale_acts_by_decoder_norm", False)
     scale = sae.W_dec.norm(dim=-1) if rescaled else None
     if scale is not None:
@@ -115,7 +116,7 @@ def reconstruct(sae, x: Tensor) -> Tensor:
     Of a transcoder, what belongs at the place that it replaces, of that place's width. An SAE whose
     latents at all positions of `x` are more than `PIECE` numbers takes the positions in pieces."""
     with torch.autocast(x.device.type, enabled=False):  # an SAE counts in its own dtype
-        parts = pieces(sae, x.flatten(0, -2))
+        parts = pieces(sae, x.reshape(-1, x.shape[-1]))
         if len(parts) == 1:
             return _whole(sae, x)
         y = torch.cat([_whole(sae, part) for part in parts])

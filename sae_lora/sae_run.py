@@ -165,15 +165,15 @@ def run_train_sae(  # noqa: PLR0913, the options of a command
     force=False,
     seed=0,
 ) -> dict:
-    """Train a TopK SAE on hidden states of a model, save it in `out`, measure it: the report.
+    """Train a TopK SAE on hidden states of a model, save it in `out`, measure it; the report.
 
     It stands at the output of block `layer`, or at `site`. With `transcoder` it replaces the MLP of
-    that layer, with `skip` beside a skip connection.
-    `tokens` counts positions, `text_tokens` the different ones; with `stream` the model runs while
-    the SAE trains and no hidden states are kept; with `half` the weights are rounded to float16 in
-    the file. With `resume` the stopped run in `out` goes on, with `force`
-    what stands there is written over. Raises `UsageError` where the layer does not exist or `out`
-    is not free, `Stopped` where it was told to stop."""
+    that layer, with `skip` beside a skip connection. It trains on `tokens` positions, repeats
+    included, of `text_tokens` different ones at most. With `stream` the model runs while the SAE
+    trains, and no hidden states are kept. With `half` the weights are rounded to float16 in the
+    file. With `resume` the stopped run in `out` goes on, with `force` what stands there is written
+    over. Raises `UsageError` where the layer does not exist or `out` is not free, `Stopped` where
+    it was told to stop."""
     out = Path(out)
     in_range("k", k, 1, width)
     in_range("batch", batch, 1, tokens)

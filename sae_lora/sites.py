@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from functools import total_ordering
 
-from .files import UsageError
+from .files import UsageError, one_of
 
 # %% ../nbs/11_sites.ipynb #a5a0e716
 REPLACED = ("attn.hook_z", "attn.hook_out", "hook_attn_out", "mlp.hook_out", "hook_mlp_out")
@@ -24,10 +24,14 @@ _ORDER = (*REPLACED[:3], *READ, *REPLACED[3:])
 class Site:
     """The place `point` in decoder block `layer`.
 
-    Sites are ordered as a pass reaches them, among themselves and with numbers of layers."""
+    Sites are ordered as a pass reaches them, among themselves and with numbers of layers. Raises
+    `UsageError` for a point that is not known."""
 
     layer: int
     point: str
+
+    def __post_init__(self):
+        one_of("point", self.point, _ORDER)
 
     def __str__(self) -> str:
         return f"blocks.{self.layer}.{self.point}"

@@ -52,7 +52,7 @@ class Bench(NamedTuple):
 
 # %% ../nbs/69_speed.ipynb #e62ae5cb
 def bench(p: dict, text_tokens: int, valid_tokens: int) -> Bench:
-    "The bench for a row: `model, text, length, sae, adapter_rank, seed`, and what it asks for."
+    "What a row `p` (`model, text, length, sae, adapter_rank, seed`, …) is measured on."
     lm, tok, blocks = world(p["model"], p["text"], p["length"], text_tokens, valid_tokens)
     long = token_blocks(p["text"], tok, 1024, text_tokens, 0).train
     return Bench(lm, saes_at(lm, blocks, p["sae"]), blocks.train, blocks.valid, long, p)

@@ -127,6 +127,12 @@ def _means(changes: dict[str, dict[str, Tensor]]) -> dict:
     by_model = {model: _sides(by) for model, by in changes.items()}
     return {side: _of_side(by_model, side) for side in ("positive", "negative")}
 
+# %% ../nbs/50_steering.ipynb #d0ec2de9
+def _check_sets(sets: dict[str, list[str]]):
+    "Raise `UsageError` unless there is a set `positive`, and another."
+    if len(sets) < 2 or "positive" not in sets:
+        raise UsageError(f"sets {', '.join(sets)}; give `positive` and at least one other")
+
 # %% ../nbs/50_steering.ipynb #0cba241e
 def steering_effect(
     lm, tok, sae, layer: int, latent: int, sets: dict[str, list[str]], alpha: float
@@ -135,8 +141,7 @@ def steering_effect(
 
     The set `positive` holds texts that the latent is about; all others are negatives. Each mean
     has its 90 % interval. Without an adapter there is base alone."""
-    if len(sets) < 2 or "positive" not in sets:
-        raise UsageError(f"sets {', '.join(sets)}; give `positive` and at least one other")
+    _check_sets(sets)
     changes = {"fixed": {}, "published": {}}
     for model in models_of(lm, None):
         with as_model(lm, None, model):
@@ -161,6 +166,7 @@ def tune_alpha(
     """The α with the largest mean δ on `positive` less the mean |δ| on the other sets; all scores.
 
     For the base model, with the log-likelihood `fixed`."""
+    _check_sets(sets)
     with without_lora(lm):
         changes = steering_changes(lm, tok, sae, layer, latent, sets, alphas)
     scores = {alpha: _score(by["fixed"]) for alpha, by in changes.items()}

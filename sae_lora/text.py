@@ -227,7 +227,9 @@ def _rows_of(ids: list, length: int, end: int, start: list[int], pack: bool, apa
 # %% ../nbs/06_text.ipynb #18530d9b
 @dataclass(frozen=True)
 class Blocks:
-    "Rows of tokens; `hash` names those for validation, `source` and `versions` what they are from."
+    """Rows of tokens, `(rows, length)`, or `(rows, 2, length)` where they carry positions.
+
+    `hash` names those for validation, `source` and `versions` what they are from."""
 
     train: Tensor
     valid: Tensor
@@ -278,8 +280,8 @@ def _too_short(name: str, got: dict[bool, list], length: int) -> UsageError:
     "The mistake of giving less text than fills a row."
     train, held = (sum(map(len, got[side])) for side in (False, True))
     return UsageError(
-        f"text {name!r} is too short: {train + held} tokens, {held} held out, "
-        f"fill no row of {length} on either side; give more text or a smaller length"
+        f"text {name!r} is too short: of its {train + held} tokens {held} are held out; one side "
+        f"fills no row of {length}; give more text or a smaller length"
     )
 
 # %% ../nbs/06_text.ipynb #920984e8
@@ -305,6 +307,7 @@ def token_blocks(  # noqa: PLR0913, for each is a question of its own
 ) -> Blocks:
     """Rows of `length` tokens from `source`, a corpus name or documents.
 
+    With `per_document` attention stays within a document; without `pack` each row is one document.
     About `tokens` for training, and `valid_tokens` from the held-out `share` of the documents.
     A share `cut` of the others is cut into `excerpts` of lengths `between` two limits; `(20, 20)`
     gives sentences. `sep` sets `beginning` and `separator`; `lead` is put before each document.
@@ -320,7 +323,7 @@ def token_blocks(  # noqa: PLR0913, for each is a question of its own
     got = _tokens(documents, tok, want, split, lead)
     rows = {s: _rows_of(ids, length, end, start, pack, per_document) for s, ids in got.items()}
     train, valid = (rows[side][: max(want[side] // length, 1)] for side in (False, True))
-    if not len(valid) and (tokens and not len(train) or valid_tokens):
+    if tokens and not len(train) or valid_tokens and not len(valid):
         raise _too_short(name, got, length)
     return _blocks(train, valid, name)
 

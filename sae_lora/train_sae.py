@@ -6,6 +6,7 @@
 __all__ = ['SAEOptions', 'fit_sae', 'hooks_of', 'fit_at', 'untrained_sae', 'fit_e2e']
 
 # %% ../nbs/44_train_sae.ipynb #195d6689
+import hashlib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Callable
@@ -90,6 +91,11 @@ def _check_targets(x: Tensor, targets: Tensor | None):
             "give what stands at the same positions, in the same width"
         )
 
+# %% ../nbs/44_train_sae.ipynb #e9db803d
+def _digest(x: Tensor) -> str:
+    "A name for hidden states, from the first of them."
+    return hashlib.sha256(x.float().cpu().numpy().tobytes()).hexdigest()[:16]
+
 # %% ../nbs/44_train_sae.ipynb #dea9afe7
 def fit_sae(
     x: Tensor,
@@ -121,6 +127,7 @@ def fit_sae(
         yield learner.loss(*_taken(x, y, which[at(step).to(which.device)], device))
 
     run = dict(tokens=tokens, width=width, k=k, lr=lr, batch=batch, seed=seed, positions=len(which))
+    run["states"] = _digest(x[which[:64]])
     if y is not None:
         run["skip"] = given.skip
     kept = Checkpoint(given.checkpoint, run | given.metadata, learner.state())

@@ -26,7 +26,10 @@ def which_layers(p: dict) -> str:
 
 # %% ../nbs/64_two_measures.ipynb #703a3057
 def two_shares(row: dict) -> dict:
-    "Both shares of a row, and what makes them differ: the losses and the gains, KL over CE."
+    """Both shares of a row, `ce` and `kl`, their `ratio`, and what makes them differ.
+
+    `lost` is what the splice costs in KL over what it costs in CE, `gained` the same of what is
+    won back; `out` is by how much the adapter raises CE with the SAE out, in nats."""
     m, p = row["metrics"], row["parameters"]
     ce, kl = ce_closed(row).value, kl_closed(row).value
     lost, gained = m["kl"]["spliced"] / m["gap"], kl * m["kl"]["spliced"] / (ce * m["gap"])
@@ -107,7 +110,7 @@ def undone(helped: bool) -> float:
 
 # %% ../nbs/64_two_measures.ipynb #a2061b75
 def turnover() -> float:
-    "How many times the mean effect of the splice on a token exceeds its effect on the mean."
+    "How many times the mean absolute effect of the splice on tokens exceeds its mean effect."
     damage = [t["damage"] for t in committed_rows("11_token_losses")[0]["metrics"]["tenths"]]
     return sum(map(abs, damage)) / abs(sum(damage))
 

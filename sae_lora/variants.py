@@ -47,7 +47,8 @@ def finetune_sae(
 ) -> list[dict]:
     """Train the SAEs themselves, in place, with the KL objective (Karvonen 2025): the curve.
 
-    `parameters` names those to train (`["b_dec"]`), all by default; `options` as for `fit_lora`."""
+    `parameters` names those to train (`["b_dec"]`), all by default; `options` as for `fit_lora`,
+    but `lr` is 1e-4 unless given."""
     saes, options = check_saes(lm, saes), dict(lr=1e-4) | options
     with _frozen_after(saes):
         params = _of_saes(saes, parameters)

@@ -40,11 +40,13 @@ def hardly_depends(found: list[Estimate], spread: float) -> str:
     "Whether numbers lie within `spread` of one another."
     if len(found) < 2:
         return "not tested"
-    return more_than(difference(min(found), max(found)), -spread)
+    lowest, highest = (best(found, key=lambda e: e.value) for best in (min, max))
+    return more_than(difference(lowest, highest), -spread)
 
 # %% ../nbs/62_verdicts.ipynb #5454c0aa
 def mostly_better(found: list[Estimate]) -> str:
-    "Whether several changes are for the better (positive); `no` if one is clearly for the worse."
+    """Whether several changes are for the better, that is positive: `agrees` if each clearly is,
+    `partly` if most are, else `no` if one is clearly for the worse."""
     each = {more_than(e) for e in found}
     if each == {"agrees"}:
         return "agrees"
@@ -64,7 +66,7 @@ def kept(found: Estimate | None, margin: float = 0.01) -> str:
 
 # %% ../nbs/62_verdicts.ipynb #9b52e284
 def joint_verdict(parts: list[str]) -> str:
-    "The verdict on several parts: theirs if they agree, else `partly` if any part holds."
+    "The verdict on several parts: theirs if it is the same, else `partly` if any holds, else `no`."
     if len(set(parts)) < 2:
         return parts[0] if parts else "not tested"
     return "partly" if {"agrees", "partly"} & set(parts) else "no"

@@ -50,6 +50,8 @@ def test_no_separator_and_no_room_are_told():
         token_blocks(texts(), tok, 2)
     with pytest.raises(UsageError, match="too short"):
         token_blocks(["w5 w6"], tok, 64, per_document=True)
+    with pytest.raises(UsageError, match="too short.*one side fills no row"):
+        token_blocks(texts(), tok, 16, share=1.0)  # all is held out, and rows to train on are asked
     tok.eos_token = None
     with pytest.raises(UsageError, match="neither <|endoftext|> nor"):
         token_blocks(texts(), tok, 8)

@@ -37,6 +37,7 @@ from sae_lora.formats import load_sae
 from sae_lora.lm import load_lm
 from sae_lora.lora import add_lora, lora_parameters
 from sae_lora.pretrained import causal
+from sae_lora.probing import labelled
 from sae_lora.sae import save_sae
 from sae_lora.text import token_blocks
 
@@ -698,6 +699,27 @@ def test_a_document_of_bearable_length_is_whole():
     assert all(p.endswith("\n") for p in lines) and "".join(lines) == "one line\n" * 20_000
 
 
+@pytest.mark.parametrize("column", ["text", "content", "raw_content"])
+def test_a_mark_before_the_first_character_is_no_text(tmp_path, column):
+    table = f"id,{column}\n1,one\n2,two\n"
+    (tmp_path / "a.csv").write_text(table, encoding="utf-8-sig")
+    assert list(documents(str(tmp_path / "a.csv"))) == ["one", "two"]
+    line = json.dumps({column: "one"})
+    (tmp_path / "a.jsonl").write_text(line, encoding="utf-8-sig")
+    assert list(documents(str(tmp_path / "a.jsonl"))) == ["one"]
+    (tmp_path / "a.txt").write_text("one", encoding="utf-8-sig")
+    assert list(documents(str(tmp_path / "a.txt"))) == ["one\n\n"]
+
+
+def test_the_header_of_labelled_text_is_no_class(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("label,text\n" + "a,one\nb,two\n" * 3)
+    texts, y = labelled(path, n=2)
+    assert texts == ["one", "one", "two", "two"] and y == ["a", "a", "b", "b"]
+    path.write_text("a,one\nb,two\n")
+    assert labelled(path, n=2)[0] == ["one", "two"]
+
+
 @pytest.mark.parametrize(
     "numbers", [dict(share=2.0), dict(cut=-0.5), dict(tokens=-1), dict(valid_tokens=float("nan"))]
 )
@@ -734,6 +756,19 @@ def test_a_whole_adapter_is_attached(adapter):
     lm = tiny("llama")
     assert list(attach_adapter(lm, adapter)) == [1] and len(lora_parameters(lm)) == 28
     refused("carries an adapter", by=lambda: attach_adapter(lm, adapter))
+
+
+def test_of_several_adapters_the_one_that_is_on_is_saved(tmp_path):
+    lm, saes = tiny("llama"), {1: random_sae()}
+    add_lora(lm, saes, rank=2, name="small")
+    add_lora(lm, saes, rank=4, name="large")
+    lm.set_adapter(["small", "large"])
+    refused("large", "set_adapter", by=lambda: save_adapter(lm, saes, tmp_path / "both"))
+    lm.set_adapter("small")
+    refused("keep 'all'", by=lambda: save_adapter(lm, saes, tmp_path / "one", keep="all"))
+    save_adapter(lm, saes, tmp_path / "one")
+    saved = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert saved["r"] == 2 and list(attach_adapter(tiny("llama"), tmp_path / "one")) == [1]
 
 
 @pytest.mark.parametrize("name", ["sae_lora.json", "adapter_config.json"])

@@ -14,6 +14,7 @@ from sae_lora.asked import groups_of, places_of, trained_by
 from sae_lora.counted import (
     Group,
     SAESize,
+    duration,
     known_shape,
     memory,
     operations,
@@ -125,3 +126,15 @@ def test_the_command_gives_json(capsys):
     found = json.loads(capsys.readouterr().out)
     assert stop.value.code == 0 and found["plan"][0]["rows"] == 25
     assert torch.tensor(found["plan"][0]["hours"]) > 0
+
+
+def test_a_time_is_told_as_one_would_say_it():
+    times = [duration(s) for s in (5, 89, 600, 7200, 3600 * 99.6, 3600 * 12_345)]
+    assert times == [
+        "5 seconds",
+        "89 seconds",
+        "10 minutes",
+        "2 hours",
+        "100 hours",
+        "12,345 hours",
+    ]

@@ -463,6 +463,11 @@ def test_a_mean_norm_that_is_not_in_the_file_is_given(tmp_path):
     close(sae(X), y)
 
 
+def test_a_factor_that_no_activation_was_scaled_by_is_refused():
+    with pytest.raises(UsageError, match="were not scaled; leave norm_factor out"):
+        load_sae("default", norm_factor=2.0)
+
+
 def test_wrappers_of_saelens_drop_a_skip_connection_and_we_do_not(tmp_path):
     sae = load_sae(made("sparsify skip transcoder", tmp_path).path)
     dropped = reconstruct(sae, X) - sae.decode(sae.encode(X))

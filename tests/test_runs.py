@@ -88,69 +88,62 @@ def test_evaluate_on_other_text(unbroken, ag_news):
     assert other["text"] == str(ag_news) and other["ce"]["adapted"] < other["ce"]["spliced"]
 
 
-@pytest.mark.parametrize("seconds", [0.2, 2.0])
-def test_killed_and_resumed_is_unbroken_bit_for_bit(unbroken, tmp_path, seconds):
-    out = tmp_path / "broken"
-    process = subprocess.Popen(
-        command("adapt", "--out", out, *SMALL), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    while not (out / "state.safetensors").exists() and process.poll() is None:
+def killed(out, seconds: float, *arguments, told=subprocess.DEVNULL):
+    "Start a command, and kill it so long after its first checkpoint of this start."
+    state = out / "state.safetensors"
+    before = state.stat().st_mtime_ns if state.exists() else 0
+    process = subprocess.Popen(command(*arguments), stdout=subprocess.DEVNULL, stderr=told)
+    while process.poll() is None and not (state.exists() and state.stat().st_mtime_ns > before):
         time.sleep(0.05)
     time.sleep(seconds)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (out / "report.json").exists(), "the run was over before it was killed"
+
+
+def test_killed_twice_and_resumed_is_unbroken_bit_for_bit(unbroken, tmp_path):
+    out = tmp_path / "broken"
+    asked = ["adapt", "--out", out, *SMALL]
+    killed(out, 0.2, *asked)
+    killed(out, 1.0, *asked, "--resume")
     changed = subprocess.run(
-        command("adapt", "--out", out, *SMALL, "--resume", "--lr", "0.01"),
-        capture_output=True,
-        text=True,
+        command(*asked, "--resume", "--lr", "0.01"), capture_output=True, text=True
     )
     assert changed.returncode == 2 and "lr=" in changed.stderr
-    run("adapt", "--out", out, *SMALL, "--resume")
+    run(*asked, "--resume")
     name = "adapter/adapter_model.safetensors"
     assert (out / name).read_bytes() == (unbroken[0] / name).read_bytes()
 
 
-def test_demo_for_people(tmp_path):
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    "A demo by time, killed and resumed: its folder, what it promised, what it said at the end."
+    folder = tmp_path_factory.mktemp("demo")
+    out, promised = folder / "demo", folder / "promised"
+    with promised.open("w") as told:
+        killed(out, 0.0, "demo", "--out", out, "--minutes", 0.05, told=told)
     done = subprocess.run(
-        command("demo", "--out", tmp_path / "demo", "--tokens", 4096),
-        capture_output=True,
-        text=True,
+        command("demo", "--out", out, "--minutes", 60, "--resume"), capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "adapted, unspliced" in done.stdout and "spliced → adapted" in done.stdout
-    last = " ".join(done.stdout.split("Splicing")[-1].split())
-    assert (
-        "wins back" in last
-        and "of that in cross-entropy (95% interval" in last
-        and "% in KL (" in last
-    )
-    assert (
-        "training on about 4,000 tokens, which this machine does in" in done.stderr
-        and "held-out" in done.stderr
-    )
-    told = json.loads((tmp_path / "demo" / "report.json").read_text())
-    assert told["tokens"] == 4096 and told["check"]["train_tokens"] == 4096
+    return out, promised.read_text(), done.stdout
 
 
-def test_a_demo_by_time_is_resumed_with_the_tokens_it_chose(tmp_path):
-    out = tmp_path / "demo"
-    process = subprocess.Popen(
-        command("demo", "--out", out, "--minutes", 0.05),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while not (out / "state.safetensors").exists() and process.poll() is None:
-        time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (out / "report.json").exists(), "the demo was over before it was killed"
-    report = run("demo", "--out", out, "--minutes", 60, "--resume")  # it would be more tokens now
-    assert (
-        report["tokens"] == report["check"]["train_tokens"] == 8192
-        and report["valid_tokens"] == 32 * 255
-    )
+def test_a_demo_by_time_is_resumed_with_the_tokens_it_chose(demo):
+    report = json.loads((demo[0] / "report.json").read_text())  # 60 minutes would be more tokens
+    assert report["tokens"] == report["check"]["train_tokens"] == 8192
+    assert report["valid_tokens"] == 32 * 255
     assert 0 < report["kl_closed"] < 1 and report["changes"] == {"fuse": False}
+
+
+def test_a_demo_speaks_to_people(demo):
+    _, promised, said = demo
+    assert "training on about 8,000 tokens, which this machine does in" in promised
+    assert "held-out" in promised
+    assert "adapted, unspliced" in said and "spliced → adapted" in said
+    last = " ".join(said.split("Splicing")[-1].split())
+    assert "wins back" in last and "% in KL (" in last
+    assert "of that in cross-entropy (95% interval" in last
 
 
 def test_the_check_of_a_run_is_in_its_report(unbroken):

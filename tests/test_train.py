@@ -1,7 +1,9 @@
 """Training: side by side as alone, from the cache as computed, several processes as one."""
 
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,9 @@ import torch
 from conftest import random_sae, tiny
 from worlds import ROWS, RUN, trained
 
+from sae_lora.checkpoint import Checkpoint
 from sae_lora.files import UsageError
+from sae_lora.loop import Descent, Watch, loop
 from sae_lora.lora import add_lora
 from sae_lora.metrics import fidelities, fidelity
 from sae_lora.train import LONG, fit_lora, fit_loras, fuses
@@ -26,18 +30,19 @@ def test_adapters_trained_side_by_side_end_as_if_alone(architecture):
         fit_lora(lm, saes, ROWS, **RUN)
         alone[r] = trained(lm), fidelity(lm, saes, ROWS)
         lm.delete_adapter("default")
-    for r in ranks:
-        add_lora(lm, saes, rank=r, name=f"r{r}")
-    curves = fit_loras(lm, {f"r{r}": saes for r in ranks}, ROWS, **RUN)
-    measured = fidelities(lm, saes, ROWS, [f"r{r}" for r in ranks])
-    for r in ranks:
-        together = trained(lm, f"r{r}")
+    names = dict(zip(ranks, ("run1", "run10", "lora_x")))  # one begins like another
+    for r, name in names.items():
+        add_lora(lm, saes, rank=r, name=name)
+    curves = fit_loras(lm, {name: saes for name in names.values()}, ROWS, **RUN)
+    measured = fidelities(lm, saes, ROWS, list(names.values()))
+    for r, name in names.items():
+        together = trained(lm, name)
         assert together.keys() == alone[r][0].keys() and any(
             p.abs().sum() > 0 for n, p in together.items() if "lora_B" in n
         )
         for n, p in together.items():
             assert torch.equal(p, alone[r][0][n]), n
-        assert measured[f"r{r}"] == alone[r][1]
+        assert measured[name] == alone[r][1]
     assert len({c[-1]["loss"] for c in curves.values()}) == len(ranks)
 
 
@@ -55,6 +60,31 @@ def test_adapters_for_several_saes_of_one_layer_side_by_side():
     for name in saes:
         for n, p in trained(lm, name).items():
             assert torch.equal(p, alone[name][n]), n
+
+
+@pytest.mark.parametrize(
+    "option", [dict(precision="bfloat16"), dict(fuse="yes"), dict(decay="steps"), dict(keep="all")]
+)
+def test_a_word_that_means_nothing_is_refused_before_anything_is_computed(option):
+    lm, saes = tiny("llama"), {1: random_sae()}
+    add_lora(lm, saes, rank=2)
+    (name,) = option
+    with pytest.raises(UsageError, match=f"{name} .*; give one of"):
+        fit_lora(lm, saes, ROWS, **RUN | option)
+
+
+def test_a_stop_writes_down_no_loss_that_is_no_number(tmp_path):
+    x, file = torch.nn.Parameter(torch.ones(3)), tmp_path / "state.safetensors"
+
+    def losses_of(step):
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        yield x.square().sum() * (math.nan if step == 3 else 1)
+
+    run = [dict(x=x)], 8, 1, Descent(lr=1e-3), Checkpoint(file, {}), Watch(points=1)
+    with pytest.raises(UsageError, match="the loss is nan at step 3; start anew"):
+        loop(losses_of, *run)
+    assert not file.exists()
 
 
 def test_an_adapter_that_is_not_there_is_named():
