@@ -187,16 +187,16 @@ class AdaptedRun(NamedTuple):
 
 # %% ../nbs/80_adapt.ipynb #065ebdf3
 def run_adapt(  # noqa: PLR0913, the options of a command
-    out,
-    saes: dict | None = None,
+    out,  # a folder
+    saes: dict | None = None,  # `{site: SAE}`, by default the embedded one
     model="smollm2-135m",
     text="broad",
     *,
-    valid_text=None,
-    cut=0.8,
+    valid_text=None,  # by default a held-out share of `text`
+    cut=0.8,  # see `token_blocks`
     length=256,
-    tokens: int | None = 393_216,
-    minutes: float = 3,
+    tokens: int | None = 393_216,  # the budget; `None` for a budget of time
+    minutes: float = 3,  # that budget of time
     valid_tokens=16_384,
     rank=64,
     layers="after",
@@ -204,20 +204,15 @@ def run_adapt(  # noqa: PLR0913, the options of a command
     keep="special",
     seed=0,
     device=None,
-    spread=False,
-    resume=False,
-    force=False,
-    told=None,
-    **changes,
+    spread=False,  # several processes share the model
+    resume=False,  # the stopped run in `out` goes on
+    force=False,  # what is in `out` is written over
+    told=None,  # called with what the check found, before training
+    **changes,  # settings in place of the recipe's: `lr`, `batch`, `keep_unspliced`
 ) -> AdaptedRun:
-    """Check, splice, adapt, measure and save to the folder `out`.
+    """Check, splice, adapt, measure and save to a folder.
 
-    `saes` is `{site: SAE}`, by default the embedded one. The budget is `tokens`, or where these
-    are `None` what is trained on in `minutes`. `cut` goes to `token_blocks`. With `spread` several
-    processes share the model, with `resume` the stopped run in `out` goes on, with `force` what is
-    there is written over. `told(found)` gets what the check found, before training. `changes`
-    (`lr`, `batch`, `keep_unspliced`) replace settings of the recipe. Raises `UsageError` for a
-    mistake, `Stopped` where it was told to stop."""
+    Raises `UsageError` for a mistake, `Stopped` where it was told to stop."""
     out, changes = Path(out), {k: v for k, v in changes.items() if v is not None}
     _check_asked(tokens, length, dict(recipe=recipe, **changes))
     with run_folder(out, resume, force) as was:

@@ -47,17 +47,15 @@ def _in_memory(lm) -> tuple:
 
 # %% ../nbs/12_lm.ipynb #bdb10da7
 def load_lm(
-    model="smollm2-135m",
-    dtype: torch.dtype | None = None,
-    device: str | torch.device | None = None,
-    spread: bool = False,
+    model="smollm2-135m",  # one of `EMBEDDED`, a hub id, a folder, a `.gguf` file, or in memory
+    dtype: torch.dtype | None = None,  # float32; bfloat16 on a CUDA device whose hardware has it
+    device: str | torch.device | None = None,  # by default that of `default_device`
+    spread: bool = False,  # all processes of the run share its weights, see `shard`
 ) -> tuple[PreTrainedModel, object]:
-    """A causal LM and its tokenizer: one of `EMBEDDED`, a hub id, a folder, a `.gguf` file.
+    """A causal LM, frozen and in evaluation mode, and its tokenizer.
 
-    The model comes frozen, in evaluation mode, on `device` (else `default_device`) in `dtype` (else
-    float32; on a CUDA device whose hardware has it, bfloat16). With `spread` all processes of the
-    run share its weights, see `shard`. A model in memory (a `PeftModel` too) is taken as it is.
-    Raises `UsageError` where the model cannot be had, the device does not exist or has no room."""
+    A model in memory (a `PeftModel` too) is taken as it is. Raises `UsageError` where the model
+    cannot be had, the device does not exist or has no room."""
     if isinstance(model, nn.Module):
         return _in_memory(model)
     place = checked_device(device)

@@ -53,18 +53,15 @@ def order(rows: int, size: int, seed: int) -> Callable[[int], Tensor]:
 # %% ../nbs/37_loop.ipynb #fb1dbadc
 @dataclass(frozen=True)
 class Descent:
-    """AdamW's settings, the course of the learning rate, and where gradients are clipped.
+    "AdamW's settings, the course of the learning rate, and where gradients are clipped."
 
-    `warmup` is a share of the steps, `decay` is `linear`, `cosine` or `constant`; `clip` 0 clips
-    nothing. `scales` names parameters that have a share of the learning rate."""
-
-    lr: float
-    warmup: float = 0.05
-    decay: str = "linear"
-    clip: float = 1.0
+    lr: float  # the highest learning rate
+    warmup: float = 0.05  # share of the steps in which the rate goes up to it
+    decay: str = "linear"  # how it goes down after that: `linear`, `cosine` or `constant`
+    clip: float = 1.0  # the largest norm of the gradient of a group; 0 clips nothing
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
-    scales: dict[str, float] = field(default_factory=dict)
+    scales: dict[str, float] = field(default_factory=dict)  # share of the rate by parameter
 
 # %% ../nbs/37_loop.ipynb #c524cea8
 DECAYS = ("linear", "cosine", "constant")
@@ -152,15 +149,12 @@ def _check_losses(at: Progress, checkpoint):
 # %% ../nbs/37_loop.ipynb #ab7b9ae1
 @dataclass(frozen=True)
 class Watch:
-    """What is seen of a run while it runs.
+    "What is seen of a run while it runs."
 
-    Each of the `points` of a curve has what `measure()` adds to it (its time is not counted), and
-    `callback(row)` sees the first curve's rows. `label` is the progress bar's."""
-
-    measure: Callable[[], dict] | None = None
-    callback: Callable[[dict], None] | None = None
-    points: int = 50
-    label: str = "train"
+    measure: Callable[[], dict] | None = None  # adds to each row; its time is not counted
+    callback: Callable[[dict], None] | None = None  # sees the first curve's rows
+    points: int = 50  # rows of a curve
+    label: str = "train"  # of the progress bar
 
 # %% ../nbs/37_loop.ipynb #d519c689
 def _add_rows(at: Progress, step_tokens: int, lr: float, watch: Watch, checkpoint):

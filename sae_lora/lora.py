@@ -148,19 +148,16 @@ def add_lora(
     lm,
     saes: dict | None = None,
     rank: int = 16,
-    layers="after",
-    roles=("attention", "mlp"),
-    seed: int = 0,
-    name: str = "default",
-    **options,
+    layers="after",  # `"after"` (the first SAE), `"all"`, or a list of numbers
+    roles=("attention", "mlp"),  # which linears of these layers
+    seed: int = 0,  # of the first A; B begins with zeros
+    name: str = "default",  # further adapters go beside the first under other names
+    **options,  # `alpha` (by default the rank), and those of `peft.LoraConfig`
 ):
     """Put a LoRA adapter on the linears that play `roles` in `layers`, in place.
 
-    `layers` is `"after"` (the first SAE), `"all"`, or a list. `options` are `alpha`, which is
-    `rank` unless given, and those of `peft.LoraConfig` (`lora_dropout`, `use_rslora`, …).
-    The adapter is float32, trainable and active; everything else stays frozen. Further adapters
-    go beside it under other names. Raises `UsageError` for a rank, layers or a name that the model
-    cannot have."""
+    It is float32, trainable and active; everything else stays frozen. Raises `UsageError` for a
+    rank, layers or a name that the model cannot have."""
     _check_rank(lm, rank)
     _check_name(lm, name)
     config = _lora_config(rank, targets_of(lm, layers, saes, roles), **options)

@@ -83,12 +83,16 @@ def models(ce: dict[str, float], ax=None):
 def curve(rows: pd.DataFrame, ce: dict[str, float] | None = None):
     """The training curve: KL against tokens, from the rows that a `fit_` function gives back.
 
-    `ce`, the cross-entropies of the four models, adds a second panel: what the training was for.
-    The axes of the curve."""
+    The pale line is the rows themselves, each a few steps on other text; the dark one is their
+    running mean. `ce`, the cross-entropies of the four models, adds a second panel: what the
+    training was for. Gives the axes of the curve."""
     style()
     n, size = (2, (9, 3.4)) if ce else (1, (5.5, 3.4))
     axes = plt.subplots(1, n, figsize=size, layout="constrained", squeeze=False)[1][0]
-    sns.lineplot(rows, x="tokens", y="loss", color=PALETTE["adapted"], ax=axes[0])
+    mean = rows["loss"].rolling(max(len(rows) // 6, 1), center=True, min_periods=1).mean()
+    look = dict(x="tokens", y="loss", color=PALETTE["adapted"], ax=axes[0])
+    sns.lineplot(rows, **look, alpha=0.3)
+    sns.lineplot(rows.assign(loss=mean), **look)
     unit = "KL from base (nats per position)"
     axes[0].set(title="Training", xlabel="tokens", ylabel=unit, ylim=(0, None))
     if ce:

@@ -38,19 +38,13 @@ def _published_conditions(lm, how: Arithmetic, length: int):
 # %% ../nbs/39_recipes.ipynb #55277c8c
 @dataclass(frozen=True)
 class Recipe:
-    """A way to train.
+    "A way to train."
 
-    `settings`: rows a step (`batch`), and those of `Descent`; any of them can be given as an
-    argument instead. `adapter`: what it asks of `add_lora`. `losses(lm, students, objective, batch,
-    known)`: an iterator of losses. `conditions(lm, how, length)`: a context for the whole run.
-    `savings`: whether states from the cache, fused kernels, bfloat16 and `keep_unspliced` can be
-    had."""
-
-    settings: dict
-    adapter: dict = field(default_factory=dict)
-    losses: Callable = distill_each
-    conditions: Callable = prepared
-    savings: bool = True
+    settings: dict  # rows a step (`batch`), and those of `Descent`; each can be given instead
+    adapter: dict = field(default_factory=dict)  # what it asks of `add_lora`
+    losses: Callable = distill_each  # of `(lm, students, objective, batch, known)`: an iterator
+    conditions: Callable = prepared  # of `(lm, how, length)`: a context for the whole run
+    savings: bool = True  # whether cached states, fused kernels, bfloat16, `keep_unspliced` are had
 
 # %% ../nbs/39_recipes.ipynb #111ea59b
 _FAST = dict(batch=2, lr=1e-3, warmup=0.05, decay="linear")

@@ -187,19 +187,15 @@ def _specs(given: list[dict]) -> list[_Spec]:
 # %% ../nbs/46_stream.ipynb #d9108863
 @dataclass(frozen=True)
 class StreamOptions:
-    """What else `fit_stream` can be told.
+    "What else `fit_stream` can be told."
 
-    The `buffer` holds so many positions at each site, in bfloat16. A latent is dead after
-    `dead_after` positions without firing. `metadata` goes into the SAEs. `checkpoint`: a file,
-    which holds the buffer too. The rest: see `Watch`."""
-
-    buffer: int = 2**18
-    dead_after: int = 200_000
-    metadata: dict = field(default_factory=dict)
-    checkpoint: Path | str | None = None
-    measure: Callable | None = None
-    callback: Callable | None = None
-    points: int = 50
+    buffer: int = 2**18  # positions that wait at each site, in bfloat16
+    dead_after: int = 200_000  # positions without firing, after which a latent is dead
+    metadata: dict = field(default_factory=dict)  # goes into the SAEs' configurations
+    checkpoint: Path | str | None = None  # the file to go on from, and to write; with the buffer
+    measure: Callable | None = None  # see `Watch`
+    callback: Callable | None = None  # see `Watch`
+    points: int = 50  # of the curve
 
 # %% ../nbs/46_stream.ipynb #0502a938
 def _learner(lm, spec: _Spec, seed: int, given: StreamOptions) -> Learner:

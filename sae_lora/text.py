@@ -291,26 +291,22 @@ def _named(source) -> tuple[str, Iterable[str]]:
 
 # %% ../nbs/06_text.ipynb #2a481cdd
 def token_blocks(  # noqa: PLR0913, for each is a question of its own
-    source,
+    source,  # a corpus by its name, a file, a folder, a dataset of the hub, or documents
     tok,
-    length: int = 256,
-    tokens: int = 2**21,
-    valid_tokens: int = 2**15,
+    length: int = 256,  # tokens a row
+    tokens: int = 2**21,  # about so many to train on
+    valid_tokens: int = 2**15,  # and to measure on
     *,
-    pack: bool = True,
-    per_document: bool = False,
-    share: float = 0.05,
-    cut: float = 0.0,
-    between: tuple[int, int] = EXCERPT,
-    sep: str | None = None,
-    lead: str = "",
+    pack: bool = True,  # rows filled with documents; else each row is one document
+    per_document: bool = False,  # whether attention stays within a document
+    share: float = 0.05,  # of the documents that is held out, to measure on
+    cut: float = 0.0,  # share of the others that is cut into `excerpts`
+    between: tuple[int, int] = EXCERPT,  # lengths of excerpts; `(20, 20)` gives sentences
+    sep: str | None = None,  # sets `beginning` and `separator`
+    lead: str = "",  # put before each document
 ) -> Blocks:
-    """Rows of `length` tokens from `source`, a corpus name or documents.
+    """Rows of token ids, to train and to measure on.
 
-    With `per_document` attention stays within a document; without `pack` each row is one document.
-    About `tokens` for training, and `valid_tokens` from the held-out `share` of the documents.
-    A share `cut` of the others is cut into `excerpts` of lengths `between` two limits; `(20, 20)`
-    gives sentences. `sep` sets `beginning` and `separator`; `lead` is put before each document.
     Raises `UsageError` for too little text and numbers out of range."""
     start = beginning(tok, sep)
     end = separator(tok, sep)

@@ -36,26 +36,19 @@ from .text import model_inputs
 # %% ../nbs/40_train.ipynb #012d25d8
 @dataclass(frozen=True)
 class Options:
-    """What a training run can be told beside its recipe's settings.
+    "What a training run can be told beside its recipe's settings."
 
-    `seed`: of the rows' order and of dropout. `keep`: the rule of positions, `special` or `none`.
-    `keep_unspliced`: λ, see `Objective`. `precision`: `auto`, `bf16` or `fp32`. `fuse`: fused
-    kernels (`auto`, true, false). `cached`: prefix and teacher from disk, where the same rows come
-    again. `checkpoint`: the file to go on from, and to write; `about`: more parameters in which
-    the run that it holds must agree. `measure` (called in the arithmetic of the training),
-    `callback` and `points`: see `Watch`."""
-
-    seed: int = 0
-    keep: str = "special"
-    keep_unspliced: float = 0.0
-    precision: str = "auto"
-    fuse: bool | str = "auto"
-    cached: bool = False
-    checkpoint: Path | str | None = None
-    about: dict = field(default_factory=dict)
-    measure: Callable | None = None
-    callback: Callable | None = None
-    points: int = 50
+    seed: int = 0  # of the rows' order and of dropout
+    keep: str = "special"  # positions that the SAE is kept from: `special`, or `none`
+    keep_unspliced: float = 0.0  # λ, the weight of the loss with the SAE out, see `Objective`
+    precision: str = "auto"  # of matrix products: `auto`, `bf16` or `fp32`
+    fuse: bool | str = "auto"  # fused kernels: `auto`, true or false
+    cached: bool = False  # prefix and teacher from disk, where the same rows come again
+    checkpoint: Path | str | None = None  # the file to go on from, and to write
+    about: dict = field(default_factory=dict)  # in what else the run in that file must agree
+    measure: Callable | None = None  # see `Watch`; called in the arithmetic of the training
+    callback: Callable | None = None  # see `Watch`
+    points: int = 50  # of the curve
 
 # %% ../nbs/40_train.ipynb #8b301123
 OPTIONS = [f.name for f in fields(Options)]

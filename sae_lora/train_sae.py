@@ -53,21 +53,18 @@ def _brought(x: Tensor | None, device: torch.device) -> Tensor | None:
 class SAEOptions:
     """What else `fit_sae` can be told.
 
-    With `targets`, at the same positions, a transcoder is trained to write them, with `skip` one
-    that has a skip connection. A latent is dead after `dead_after` positions without firing.
-    `metadata` goes into the SAE. It is trained on `device`, by default that of `x`, or for `x` on
-    the CPU that of `load_lm`; `x` is taken there whole where it fits. `checkpoint`: a file. The
-    rest: see `Watch`."""
+    By default the SAE is trained on the device of `x`, or for `x` on the CPU on that of `load_lm`;
+    `x` is taken there whole where it fits."""
 
-    targets: Tensor | None = None
-    skip: bool = False
-    dead_after: int = 200_000
-    metadata: dict = field(default_factory=dict)
-    device: str | torch.device | None = None
-    checkpoint: Path | str | None = None
-    measure: Callable | None = None
-    callback: Callable | None = None
-    points: int = 50
+    targets: Tensor | None = None  # what a transcoder is trained to write, at the same positions
+    skip: bool = False  # whether that transcoder has a skip connection
+    dead_after: int = 200_000  # positions without firing, after which a latent is dead
+    metadata: dict = field(default_factory=dict)  # goes into the SAE's configuration
+    device: str | torch.device | None = None  # to train on
+    checkpoint: Path | str | None = None  # the file to go on from, and to write
+    measure: Callable | None = None  # see `Watch`
+    callback: Callable | None = None  # see `Watch`
+    points: int = 50  # of the curve
 
 # %% ../nbs/44_train_sae.ipynb #b0a26ca9
 def _taken(x: Tensor, y: Tensor | None, some: Tensor, device: torch.device) -> list[Tensor]:
