@@ -206,6 +206,9 @@ def _execute(name: str, values: dict, scratch: Path):
         if e.ename == "UsageError":
             raise UsageError(f"{name}: {e.evalue}") from None
         raise
+    except dev_module("nbclient.exceptions").DeadKernelError:
+        told = "its process died, or was killed, perhaps for lack of memory"
+        raise UsageError(f"{name}: {told}; run it again, it goes on with the rows left") from None
     return dev_module("nbformat").read(scratch, 4)
 
 # %% ../nbs/70_notebooks.ipynb #ff6c6766

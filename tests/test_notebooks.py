@@ -96,6 +96,13 @@ def test_a_failed_run_leaves_nothing(small_project):
     assert not any((project() / "nbs" / "results").glob("*"))
 
 
+def test_a_notebook_whose_process_is_killed_keeps_its_rows(small_project):
+    small_project(body=SQUARES + "import signal\nos.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(UsageError, match="squares: its process died.*run it again"):
+        nbs.run_experiment("squares")
+    assert len(Results(rows_path("squares")).rows()) == 2
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
