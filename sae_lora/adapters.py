@@ -17,7 +17,7 @@ from typing import Annotated, Callable, Literal, NamedTuple
 import torch
 from annotated_types import Ge, Gt, Lt, MinLen
 from huggingface_hub import HfApi, snapshot_download
-from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
 from transformers import AutoModelForCausalLM
 from typing_extensions import NotRequired, TypedDict
 
@@ -25,7 +25,7 @@ from .anatomy import canonical
 from .checked import Count, Finite, mistake, no_file, read_json, read_tensors, said
 from .containers import Unplaced
 from .embedded import quietly
-from .files import UsageError, one_of, written
+from .files import UsageError, one_line, one_of, written
 from .formats import load_sae
 from .hub import asking, why
 from .lm import load_lm, special_ids
@@ -248,12 +248,17 @@ class _LoRA(TypedDict):
     modules_to_save: list[str] | None
 
 # %% ../nbs/30_adapters.ipynb #262f5b7b
-class _AdapterConfig(_LoRA):
-    "The same, without values for what would change what the adapter does."
+_ABOUT = ("auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type")
+_BEGAN = ("exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern")
 
-    layers_to_transform: NotRequired[None]
-    layer_replication: NotRequired[None]
-    alora_invocation_tokens: NotRequired[None]
+
+def _check_plain(config, where: Path):
+    "Raise `UsageError` where PEFT's `config` makes of the adapter something else than a LoRA."
+    known, plain = {*_LoRA.__annotations__, *_ABOUT, *_BEGAN}, LoraConfig()
+    for name in sorted(vars(plain).keys() - known):
+        if getattr(config, name) != getattr(plain, name):
+            told = f"{name} is {one_line(repr(getattr(config, name)), 40)}"
+            raise mistake(where, told, f"only {getattr(plain, name)!r} is supported")
 
 # %% ../nbs/30_adapters.ipynb #b963ff4d
 def _check_targets(lm, targets: list[str], where: Path):
@@ -282,13 +287,14 @@ def _check_tensors(folder: Path, lm=None):
         raise mistake(weights, "no such file; pickles are not read", "save it as safetensors")
     with asking(False):
         config = PeftConfig.from_pretrained(str(folder))
+    _check_plain(config, where)
     read_tensors(weights, lm and _expected(lm, config, where), _MEND)
 
 # %% ../nbs/30_adapters.ipynb #b7ee7fdd
 def _check_adapter(folder: Path, lm=None):
     "Raise `UsageError` unless `folder` holds a LoRA's configuration and tensors, those for `lm`."
     where = folder / "adapter_config.json"
-    read_json(where, _AdapterConfig, _MEND)
+    read_json(where, _LoRA, _MEND)
     try:
         _check_tensors(folder, lm)
     except UsageError:

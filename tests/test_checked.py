@@ -839,6 +839,12 @@ def test_two_saes_at_one_layer(adapter):
         (dict(use_dora=True), ["missing"]),
         (dict(use_rslora=...), ["use_rslora is missing"]),
         (dict(layer_replication=[[0, 4]]), ["layer_replication"]),
+        (dict(layers_to_transform=[2]), ["layers_to_transform is [2]", "only None"]),
+        (dict(alora_invocation_tokens=[5]), ["alora_invocation_tokens"]),
+        (dict(bias="all"), ["bias is 'all'; only 'none' is supported"]),
+        (dict(use_qalora=True), ["use_qalora is True"]),
+        (dict(trainable_token_indices=[3]), ["trainable_token_indices"]),
+        (dict(target_parameters=["a.weight"]), ["target_parameters"]),
     ],
 )
 def test_configurations_of_adapters(adapter, changes, words):
