@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NOT_TESTED', 'ONE_SEED', 'METRICS', 'DIGITISED', 'HEAD', 'committed_rows', 'ce_closed', 'kl_closed', 'Finding',
            'curve_points', 'reached_by', 'time_found', 'sweep', 'scaling_found', 'layer_found', 'shares_over_seeds',
-           'size_found', 'one_layer_found', 'many_found', 'metrics_found', 'steering_found', 'over_latents', 'paired',
+           'size_found', 'one_layer_found', 'many_found', 'metrics_found', 'steering_found', 'over_latents',
            'ability_found', 'share_of', 'tokens_found', 'activations_found', 'Claimed', 'experiment_called', 'theirs',
            'paper_claims', 'found_for', 'verdict_line', 'claims_page', 'verdicts_on', 'headline']
 
@@ -13,8 +13,6 @@ __all__ = ['NOT_TESTED', 'ONE_SEED', 'METRICS', 'DIGITISED', 'HEAD', 'committed_
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
-
-import numpy as np
 
 from .experiments import paper_values
 from .metrics import Estimate, over_seeds, percent
@@ -29,6 +27,7 @@ from sae_lora.verdicts import (
     kept,
     more_than,
     mostly_better,
+    paired,
 )
 
 # %% ../nbs/63_claims.ipynb #dc6ec7e0
@@ -190,20 +189,17 @@ def over_latents(values: list[float]) -> Estimate:
     return over_seeds(values)._replace(seeds=1)
 
 # %% ../nbs/63_claims.ipynb #08d3b291
-def paired(row: dict, model: str, other: str) -> Estimate:
-    "How much more often one model is right than another, over the same items."
-    a, b = (np.array(list(row["metrics"][m]["items"]), float) for m in (model, other))
-    d = a - b
-    half = 1.96 * float(d.std(ddof=1)) / len(d) ** 0.5
-    return Estimate(float(d.mean()), float(d.mean()) - half, float(d.mean()) + half)
+def _paired(row: dict, model: str, other: str) -> Estimate:
+    "How much more often one model of a row is right than another, over the same items."
+    return paired(*(row["metrics"][m]["items"] for m in (model, other)))
 
 # %% ../nbs/63_claims.ipynb #881af9ab
 def ability_found() -> Finding:
     "E12: with the SAE out nothing is lost; with the SAE in the adapter gives something back."
     rows = committed_rows("10_benchmarks")
-    out = [paired(r, "adapted_unspliced", "base") for r in rows]
-    lossy = [r for r in rows if paired(r, "base", "spliced").low > 0]
-    back = [paired(r, "adapted", "spliced") for r in lossy]
+    out = [_paired(r, "adapted_unspliced", "base") for r in rows]
+    lossy = [r for r in rows if _paired(r, "base", "spliced").low > 0]
+    back = [_paired(r, "adapted", "spliced") for r in lossy]
     parts = {
         "nothing lost with the SAE out": joint_verdict([kept(e) for e in out]),
         "something back with the SAE in": joint_verdict([more_than(e) for e in back]),

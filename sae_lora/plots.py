@@ -278,7 +278,7 @@ def _banded(ax, t: pd.DataFrame, y: str, colour: str, **look):
 
 # %% ../nbs/60_plots.ipynb #dfb1e661
 def profile(rows: pd.DataFrame, y: str, label: str, hue: str | None = None, ax=None):
-    """Column `y`, called `label`, against `layer`, a line for each value of `hue`; zero is marked.
+    """Column `y`, titled `label`, against `layer`, a line for each value of `hue`; zero is marked.
 
     Where the table has columns `low` and `high`, a band goes from one to the other."""
     ax = ax or _new_axes(6.5, 3.6)
@@ -287,7 +287,7 @@ def profile(rows: pd.DataFrame, y: str, label: str, hue: str | None = None, ax=N
         colour = PALETTE.get(name) or PALETTE["adapted"]
         _banded(ax, t, y, colour, marker=marker, label=str(name) or None)
     ax.axhline(0, color="#999999", lw=1)
-    ax.set(xlabel="layer (output of decoder block)", ylabel=label)
+    ax.set(xlabel="layer (output of decoder block)", title=label)
     ax.xaxis.get_major_locator().set_params(integer=True)
     if hue:
         ax.legend()
