@@ -18,6 +18,7 @@ import torch
 from annotated_types import Ge, Gt, Lt, MinLen
 from huggingface_hub import HfApi, snapshot_download
 from peft import LoraConfig, PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from transformers import AutoModelForCausalLM
 from typing_extensions import NotRequired, TypedDict
 
@@ -90,10 +91,10 @@ def _active(lm) -> str:
     "The name of the adapter that is on. Raises `UsageError` where none is, or several are."
     if not lora_parameters(lm):
         raise UsageError("the model has no adapter to save; add one with add_lora")
-    names = lm.active_adapters()
-    if len(names) != 1:
-        raise UsageError(f"adapters {', '.join(names)} are on; say which with lm.set_adapter")
-    return names[0]
+    on = sorted({n for m in lm.modules() if isinstance(m, LoraLayer) for n in m.active_adapters})
+    if len(on) != 1:
+        raise UsageError(f"adapters {', '.join(on)} are on; say which with lm.set_adapter")
+    return on[0]
 
 # %% ../nbs/30_adapters.ipynb #0d7a1c33
 def save_adapter(lm, saes: dict, folder, keep: str = "special", metrics: dict | None = None):
@@ -250,11 +251,12 @@ class _LoRA(TypedDict):
 # %% ../nbs/30_adapters.ipynb #262f5b7b
 _ABOUT = ("auto_mapping", "base_model_name_or_path", "peft_version", "revision", "task_type")
 _BEGAN = ("exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern")
+_METHODS = ("corda_config", "eva_config", "loftq_config", "lora_ga_config")  # of beginning
 
 
 def _check_plain(config, where: Path):
     "Raise `UsageError` where PEFT's `config` makes of the adapter something else than a LoRA."
-    known, plain = {*_LoRA.__annotations__, *_ABOUT, *_BEGAN}, LoraConfig()
+    known, plain = {*_LoRA.__annotations__, *_ABOUT, *_BEGAN, *_METHODS}, LoraConfig()
     for name in sorted(vars(plain).keys() - known):
         if getattr(config, name) != getattr(plain, name):
             told = f"{name} is {one_line(repr(getattr(config, name)), 40)}"

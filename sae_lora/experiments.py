@@ -7,7 +7,6 @@ __all__ = ['WORLD', 'RUN', 'world', 'trained_sae', 'saes_at', 'gather', 'sae_ste
            'benchmarks', 'paper_values']
 
 # %% ../nbs/61_experiments.ipynb #9f2dcb00
-import hashlib
 import json
 import os
 from contextlib import contextmanager, nullcontext
@@ -33,7 +32,7 @@ from .sites import Site, for_json, point_of, site_of
 from .splice import check_saes
 from .states import harvest
 from .stream import fit_stream
-from .text import token_blocks
+from .text import digest, token_blocks
 from .train import fit_loras
 from .train_sae import fit_at, hooks_of
 
@@ -47,18 +46,13 @@ def world(model: str, text: str, length: int, text_tokens: int, valid_tokens: in
     lm, tok = load_lm(model, spread=bool(processes()))
     return lm, tok, token_blocks(text, tok, length, text_tokens, valid_tokens)
 
-# %% ../nbs/61_experiments.ipynb #09360125
-def _digest(rows) -> str:
-    "A name for token rows."
-    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:12]
-
 # %% ../nbs/61_experiments.ipynb #47212361
 def _made_of(
     lm, blocks, layer: int, width: int, k: int, tokens: int, seed: int = 0, **site
 ) -> dict:
     "What makes a trained SAE the one it is; `site` only where it is not at the layer's output."
     own = dict(layer=layer, width=width, k=k, tokens=tokens, seed=seed) | site
-    return dict(model=lm.name_or_path, text=blocks.source, rows=_digest(blocks.train)) | own
+    return dict(model=lm.name_or_path, text=blocks.source, rows=digest(blocks.train)) | own
 
 # %% ../nbs/61_experiments.ipynb #9e293caf
 def _site(p: dict):
@@ -205,7 +199,7 @@ RUN = ("rank", "layers", "tokens", "recipe", "seed", "lr", "keep_unspliced")
 def _made_by(lm, saes: dict, rows, p: dict) -> dict:
     "What makes the adapter of run `p` the one it is."
     own = for_json({site: fingerprint(sae) for site, sae in saes.items()})
-    made_of = dict(model=lm.name_or_path, rows=_digest(rows), saes=own)
+    made_of = dict(model=lm.name_or_path, rows=digest(rows), saes=own)
     return made_of | {k: p[k] for k in RUN if k in p}
 
 

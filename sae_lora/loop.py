@@ -64,7 +64,11 @@ class Descent:
     scales: dict[str, float] = field(default_factory=dict)  # share of the rate by parameter
 
 # %% ../nbs/37_loop.ipynb #c524cea8
-DECAYS = ("linear", "cosine", "constant")
+DECAYS = {  # share of the full rate, by share of the steps and of the warm-up
+    "linear": lambda through, warmup: (1 - through) / (1 - warmup),
+    "cosine": lambda through, warmup: 0.5 + 0.5 * math.cos(math.pi * through),
+    "constant": lambda through, warmup: 1.0,
+}
 
 # %% ../nbs/37_loop.ipynb #0c4a6acf
 def schedule(step: int, steps: int, warmup: float = 0.05, decay: str = "linear") -> float:
@@ -72,13 +76,8 @@ def schedule(step: int, steps: int, warmup: float = 0.05, decay: str = "linear")
 
     It goes up over the first `warmup` of the steps, then `linear` or `cosine` to zero, or stays
     `constant`."""
-    up, through = max(round(warmup * steps), 1), step / steps
-    down = {
-        "linear": (1 - through) / (1 - warmup),
-        "cosine": 0.5 + 0.5 * math.cos(math.pi * through),
-        "constant": 1.0,
-    }[decay]
-    return min((step + 1) / up, down, 1.0)
+    up = max(round(warmup * steps), 1)
+    return min((step + 1) / up, DECAYS[decay](step / steps, warmup), 1.0)
 
 # %% ../nbs/37_loop.ipynb #49f07aa8
 def _rate(descent: Descent, step: int, steps: int) -> float:

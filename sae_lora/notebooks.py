@@ -49,8 +49,7 @@ def experiments() -> list[str]:
 # %% ../nbs/70_notebooks.ipynb #1de2a9cb
 def _parameters_cell(name: str) -> str:
     "The source of the one cell of an experiment that is tagged `parameters`."
-    if name not in experiments():
-        raise UsageError(f"experiment {name!r}; give one of {', '.join(experiments())}")
+    one_of("experiment", name, experiments())
     nb = dev_module("nbformat").read(_folder() / f"{name}.ipynb", 4)
     tagged = [c.source for c in nb.cells if "parameters" in c.metadata.get("tags", [])]
     if len(tagged) != 1:

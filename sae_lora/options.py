@@ -58,7 +58,10 @@ Seed = option(
     max=SEEDS[1],
 )
 SAESeed = option(
-    int, "Seed of the SAE's initial weights and of the order of its positions.", min=0, max=SEEDS[1]
+    int,
+    "Seed of the SAE's initial weights and of the order of its positions.",
+    min=SEEDS[0],
+    max=SEEDS[1],
 )
 
 # %% ../nbs/84_options.ipynb #e50c35d2

@@ -65,9 +65,7 @@ RECIPES = {
 # %% ../nbs/39_recipes.ipynb #2907f567
 def recipe_of(name: str) -> Recipe:
     "The recipe of that name. Raises `UsageError` where there is none."
-    if name not in RECIPES:
-        raise UsageError(f"recipe {name!r}; give one of {', '.join(RECIPES)}")
-    return RECIPES[name]
+    return RECIPES[one_of("recipe", name, RECIPES)]
 
 # %% ../nbs/39_recipes.ipynb #9c01ae04
 RANGES = dict(batch=(1, 2**20), lr=RATES, warmup=(0, 0.99), clip=(0, 1e9), weight_decay=(0, 10))

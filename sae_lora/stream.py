@@ -6,7 +6,6 @@
 __all__ = ['Stream', 'StreamOptions', 'fit_stream']
 
 # %% ../nbs/46_stream.ipynb #7b4e12e2
-import hashlib
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -29,6 +28,7 @@ from .new_saes import blank_sae
 from .shuffle import Buffer, Passes
 from .sites import Site, point_of, site_of
 from .states import replaceable_states
+from .text import digest
 from .train_sae import hooks_of
 from .variants import set_trainable
 
@@ -257,8 +257,7 @@ def _state(stream: Stream, learners: list[Learner]) -> dict[str, Tensor]:
 # %% ../nbs/46_stream.ipynb #463128fa
 def _sources(lm, rows: Tensor) -> dict:
     "What tells the model and the rows of a stream from others."
-    digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16]
-    return dict(model=lm.name_or_path, rows=digest)
+    return dict(model=lm.name_or_path, rows=digest(rows))
 
 # %% ../nbs/46_stream.ipynb #92086913
 def _named(i: int, learner: Learner) -> dict:

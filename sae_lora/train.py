@@ -6,7 +6,6 @@
 __all__ = ['OPTIONS', 'SETTINGS', 'CHOICES', 'LONG', 'Options', 'fuses', 'fit_kl', 'trainable_lora', 'fit_lora', 'fit_loras']
 
 # %% ../nbs/40_train.ipynb #c4e7d967
-import hashlib
 import math
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from .sae import fingerprint
 from .sites import for_json
 from .splice import KEEP, check_saes
 from .states import known_states
-from .text import model_inputs
+from .text import digest, model_inputs
 
 # %% ../nbs/40_train.ipynb #012d25d8
 @dataclass(frozen=True)
@@ -121,13 +120,14 @@ def _sources(run: _Run) -> dict:
     saes = []
     for each in run.students.values():
         saes.append(for_json({site: fingerprint(sae) for site, sae in each.items()}))
-    return dict(saes=saes, rows=hashlib.sha256(run.rows.numpy().tobytes()).hexdigest()[:16])
+    return dict(saes=saes, rows=digest(run.rows))
 
 # %% ../nbs/40_train.ipynb #023380ad
-def _scales(lm) -> dict[str, list]:
-    "By adapter its α, and the rate of its dropout."
+def _scales(lm, trained: dict) -> dict[str, list]:
+    "By adapter that is `trained`: its α, and the rate of its dropout."
     kept = getattr(lm, "peft_config", {})
-    return {name: [c.lora_alpha, c.lora_dropout] for name, c in kept.items()}
+    own = [name for name in kept if lora_parameters(lm, name).keys() & trained.keys()]
+    return {name: [kept[name].lora_alpha, kept[name].lora_dropout] for name in own}
 
 # %% ../nbs/40_train.ipynb #6b723d79
 def _parameters(run: _Run) -> dict:
@@ -141,7 +141,7 @@ def _parameters(run: _Run) -> dict:
         tokens=run.tokens,
         recipe=run.recipe,
         **told,
-        adapters=_scales(run.lm),
+        adapters=_scales(run.lm, trained),
         params=sorted(trained),
         trainable=sum(p.numel() for p in trained.values()),
         **_sources(run),

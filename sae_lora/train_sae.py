@@ -6,7 +6,6 @@
 __all__ = ['SAEOptions', 'fit_sae', 'hooks_of', 'fit_at', 'untrained_sae', 'fit_e2e']
 
 # %% ../nbs/44_train_sae.ipynb #195d6689
-import hashlib
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Callable
@@ -25,6 +24,7 @@ from .new_saes import blank_sae, new_sae, unscaled
 from .sites import Site, hook_point, in_words, point_of
 from .splice import at_home
 from .states import harvest
+from .text import digest
 from .variants import finetune_sae, set_trainable
 
 # %% ../nbs/44_train_sae.ipynb #78f48a81
@@ -88,11 +88,6 @@ def _check_targets(x: Tensor, targets: Tensor | None):
             "give what stands at the same positions, in the same width"
         )
 
-# %% ../nbs/44_train_sae.ipynb #e9db803d
-def _digest(x: Tensor) -> str:
-    "A name for hidden states, from the first of them."
-    return hashlib.sha256(x.float().cpu().numpy().tobytes()).hexdigest()[:16]
-
 # %% ../nbs/44_train_sae.ipynb #dea9afe7
 def fit_sae(
     x: Tensor,
@@ -124,7 +119,7 @@ def fit_sae(
         yield learner.loss(*_taken(x, y, which[at(step).to(which.device)], device))
 
     run = dict(tokens=tokens, width=width, k=k, lr=lr, batch=batch, seed=seed, positions=len(which))
-    run["states"] = _digest(x[which[:64]])
+    run["states"] = digest(x[which[:64]])
     if y is not None:
         run["skip"] = given.skip
     kept = Checkpoint(given.checkpoint, run | given.metadata, learner.state())

@@ -251,6 +251,7 @@ def losses_of(curve: list[dict]) -> list[float]:
     "text.beginning",
     "text.separator",
     "text.targets",
+    "text.digest",
     "lm.on_device",
     "lm.device_of",
     each=[("llama",), ("gemma3",), ("gpt2",)],
@@ -265,7 +266,8 @@ def passes(device, dtype, architecture):
             final = api.hidden(lm, batch, "final")
         each = list(api.hidden_each(lm, batch, [-1, 2, "final"]))
         wanted = api.targets(blocks(kind).train[:4])
-        out[kind] = dict(h=h, final=final, logits=W(final), each=each, wanted=wanted)
+        named = api.digest(api.on_device(lm, batch)["input_ids"]) == api.digest(batch["input_ids"])
+        out[kind] = dict(h=h, final=final, logits=W(final), each=each, wanted=wanted, named=named)
     return out
 
 

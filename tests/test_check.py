@@ -60,6 +60,11 @@ def test_a_model_with_an_adapter_is_left_alone():
     assert lora_parameters(lm)
 
 
+def test_one_step_tells_no_time():
+    with pytest.raises(UsageError, match="steps 1; give a number from 2"):
+        check.preflight(tiny("llama"), tokenizer(), {1: random_sae()}, AFTER_EOS, steps=1)
+
+
 def test_an_error_in_the_trial_takes_the_adapter_off():
     lm, saes = tiny("llama"), {1: random_sae()}
     names = [n for n, _ in lm.named_modules()]

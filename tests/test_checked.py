@@ -768,6 +768,7 @@ def test_of_several_adapters_the_one_that_is_on_is_saved(tmp_path):
     refused("keep 'all'", by=lambda: save_adapter(lm, saes, tmp_path / "one", keep="all"))
     save_adapter(lm, saes, tmp_path / "one")
     saved = json.loads((tmp_path / "one" / "adapter_config.json").read_text())
+    assert "Rank 2, alpha 2;" in (tmp_path / "one" / "README.md").read_text()
     assert saved["r"] == 2 and list(attach_adapter(tiny("llama"), tmp_path / "one")) == [1]
 
 
@@ -839,6 +840,7 @@ def test_two_saes_at_one_layer(adapter):
         (dict(use_dora=True), ["missing"]),
         (dict(use_rslora=...), ["use_rslora is missing"]),
         (dict(layer_replication=[[0, 4]]), ["layer_replication"]),
+        (dict(use_bdlora={"nblocks": 2}), ["use_bdlora"]),
         (dict(layers_to_transform=[2]), ["layers_to_transform is [2]", "only None"]),
         (dict(alora_invocation_tokens=[5]), ["alora_invocation_tokens"]),
         (dict(bias="all"), ["bias is 'all'; only 'none' is supported"]),
@@ -850,6 +852,11 @@ def test_two_saes_at_one_layer(adapter):
 def test_configurations_of_adapters(adapter, changes, words):
     change(adapter / "adapter_config.json", **changes)
     refused(*words, by=attached(adapter))
+
+
+def test_how_an_adapter_began_is_no_part_of_what_it_is(adapter):
+    change(adapter / "adapter_config.json", init_lora_weights="gaussian", loftq_config={"bits": 4})
+    assert list(attach_adapter(tiny("llama"), adapter)) == [1]
 
 
 A = "base_model.model.model.layers.2.mlp.up_proj.lora_A.weight"

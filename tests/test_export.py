@@ -33,7 +33,9 @@ def adapted(name: str, **options):
 @pytest.mark.parametrize("options", [dict(), dict(alpha=7, use_rslora=True)])
 def test_a_merged_model_is_the_adapted_one(name, options):
     lm = adapted(name, **options)
+    lm.generation_config.eos_token_id = [2, 5]
     plain = merged(lm)
+    assert plain.generation_config.eos_token_id == [2, 5]
     torch.testing.assert_close(plain(IDS).logits, lm(IDS).logits, rtol=1e-4, atol=1e-4)
     assert not any("lora_" in n or "base_layer" in n for n in plain.state_dict())
 

@@ -8,6 +8,7 @@ import torch
 from conftest import random_sae, tiny
 
 from sae_lora import sae as sae_module
+from sae_lora.files import UsageError
 from sae_lora.hidden import hidden
 from sae_lora.lm import head
 from sae_lora.lora import add_lora, lora_parameters
@@ -50,6 +51,19 @@ def test_both_shares_are_those_of_plain_passes():
     assert report["gap_closed"] == pytest.approx((ce[1] - ce[2]) / (ce[1] - ce[0]), rel=1e-3)
     low, high = report["ci95"]["kl_closed"]
     assert low < report["kl_closed"] < high
+
+
+def test_an_error_leaves_the_mode_as_it_was():
+    lm = tiny("llama").train()
+    with pytest.raises(UsageError, match="keep 'all'"):
+        token_losses(lm, {1: random_sae()}, ROWS, keep="all")
+    assert lm.training
+
+
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu"])
+def test_a_single_vector_is_reconstructed(architecture):
+    x, sae = torch.randn(3, 32), random_sae(architecture)
+    assert torch.equal(reconstruct(sae, x[1]), reconstruct(sae, x)[1])
 
 
 def test_without_an_adapter_no_share_is_told():

@@ -128,6 +128,13 @@ def test_the_command_gives_json(capsys):
     assert torch.tensor(found["plan"][0]["hours"]) > 0
 
 
+def test_a_size_of_no_known_name_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["sae-lora", "plan", "--size", "huge", "--rate", "1e12"])
+    with pytest.raises(SystemExit) as e:
+        cli.main()
+    assert e.value.code == 2 and "size 'huge'; give one of smoke" in capsys.readouterr().err
+
+
 def test_a_time_is_told_as_one_would_say_it():
     times = [duration(s) for s in (5, 89, 600, 7200, 3600 * 99.6, 3600 * 12_345)]
     assert times == [

@@ -113,6 +113,11 @@ def test_what_is_only_read_is_no_site():
             site_of(f"blocks.3.{point}")
 
 
+def test_a_point_that_no_block_has_is_refused():
+    with pytest.raises(UsageError, match="point 'hook_resid_post'; give one of"):
+        Site(2, "hook_resid_post")
+
+
 def test_sites_are_in_the_order_of_a_pass():
     every = [Site(1, p) for p in REPLACED]
     assert sorted([2, *reversed(every), 0, 1]) == [0, *every, 1, 2]

@@ -8,6 +8,7 @@ import torch
 from conftest import random_sae, tiny
 from worlds import PAIRS, shared
 
+from sae_lora.files import UsageError
 from sae_lora.hidden import hidden
 from sae_lora.latents import positives
 from sae_lora.lora import add_lora, without_lora
@@ -37,6 +38,15 @@ def test_steering_is_its_formula_and_leaves_no_trace(any_lm):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("sets", [dict(positive=["w5"]), dict(first=["w5"], second=["w6"])])
+def test_sets_that_have_no_two_sides_are_refused(sets):
+    lm = tiny("llama")
+    with pytest.raises(UsageError, match="give `positive` and at least one other"):
+        tune_alpha(lm, None, None, 1, 0, sets)
+    with pytest.raises(UsageError, match="give `positive` and at least one other"):
+        steering_effect(lm, None, None, 1, 0, sets, alpha=1.0)
+
+
 def test_log_likelihood_fixed_and_as_published():
     """Against both written out for one text at a time.
 

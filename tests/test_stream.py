@@ -34,6 +34,16 @@ def told_apart(x) -> list:
     return sorted(x.double().cumsum(1).sum(1).tolist())
 
 
+def test_an_sae_goes_on_with_the_states_it_had_alone(tmp_path):
+    x = torch.randn(300, 16, generator=torch.Generator().manual_seed(0))
+    given = dict(tokens=1024, width=32, k=4, batch=64, metadata=dict(hook_name="x"))
+    given["checkpoint"] = tmp_path / "state.safetensors"
+    fit_sae(x, **given)
+    fit_sae(x.clone(), **given)
+    with pytest.raises(UsageError, match="states="):
+        fit_sae(x + 1, **given)
+
+
 @pytest.mark.parametrize("size", [64, 150, 100_000])
 def test_a_pass_gives_each_position_once(size):
     lm, rows = tiny("llama"), some_rows()

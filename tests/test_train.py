@@ -87,6 +87,21 @@ def test_a_stop_writes_down_no_loss_that_is_no_number(tmp_path):
     assert not file.exists()
 
 
+def test_a_run_goes_on_with_the_adapter_it_had_whatever_else_is_on_the_model(tmp_path):
+    lm, saes = tiny("llama"), {1: random_sae()}
+    file = tmp_path / "state.safetensors"
+    add_lora(lm, saes, rank=2)
+    fit_lora(lm, saes, ROWS, **RUN, checkpoint=file)
+    add_lora(lm, saes, rank=2, name="other", alpha=7)
+    lm.set_adapter("default")
+    fit_loras(lm, {"default": saes}, ROWS, **RUN, checkpoint=file)
+    lm.delete_adapter("other")
+    lm.delete_adapter("default")
+    add_lora(lm, saes, rank=2, alpha=8)
+    with pytest.raises(UsageError, match="adapters="):
+        fit_lora(lm, saes, ROWS, **RUN, checkpoint=file)
+
+
 def test_an_adapter_that_is_not_there_is_named():
     lm, saes = tiny("llama"), {1: random_sae()}
     add_lora(lm, saes, rank=2)
