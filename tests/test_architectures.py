@@ -8,6 +8,7 @@ import torch
 from conftest import CONFIGS, random_sae, tiny
 from worlds import FAMILIES
 
+from sae_lora.adapters import save_adapter
 from sae_lora.hidden import hidden, resume
 from sae_lora.lm import decoder_blocks, head, linears
 from sae_lora.lora import add_lora, lora_layers, lora_parameters, without_lora
@@ -158,7 +159,7 @@ def test_every_architecture_is_listed():
 
 
 @torch.no_grad()
-def test_a_peft_model_is_a_model():
+def test_a_peft_model_is_a_model(tmp_path):
     from peft import LoraConfig, get_peft_model
 
     lm = tiny("llama")
@@ -170,3 +171,5 @@ def test_a_peft_model_is_a_model():
     with without_lora(wrapped), splice(wrapped, {1: Identity(32)}):
         assert torch.equal(wrapped(**BATCH).logits, full)
     assert not torch.equal(wrapped(**BATCH).logits, full)
+    save_adapter(wrapped, {1: random_sae()}, tmp_path / "adapter")
+    assert "Rank 2," in (tmp_path / "adapter" / "README.md").read_text()
