@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NOT_TESTED', 'ONE_SEED', 'METRICS', 'DIGITISED', 'HEAD', 'committed_rows', 'ce_closed', 'kl_closed', 'Finding',
-           'curve_points', 'reached_by', 'time_found', 'sweep', 'scaling_found', 'layer_found', 'shares_over_seeds',
+           'curves_of', 'reached_by', 'time_found', 'sweep', 'scaling_found', 'layer_found', 'shares_over_seeds',
            'size_found', 'one_layer_found', 'many_found', 'metrics_found', 'steering_found', 'over_latents',
            'ability_found', 'share_of', 'tokens_found', 'activations_found', 'Claimed', 'experiment_called', 'theirs',
            'paper_claims', 'found_for', 'verdict_line', 'claims_page', 'verdicts_on', 'headline']
@@ -19,6 +19,7 @@ from .metrics import Estimate, over_seeds, percent
 from .results import Results, project
 from sae_lora.verdicts import (
     VERDICTS,
+    crossing,
     difference,
     falls,
     from_to,
@@ -64,23 +65,22 @@ NOT_TESTED = Finding("–", "–", "no rows", {"": "not tested"})
 ONE_SEED = "validation rows, one seed; KL: none kept"
 
 # %% ../nbs/63_claims.ipynb #48ea1be6
-def curve_points(method: str) -> list[dict]:
-    "All points of the curves of a method in `01_time_to_loss`: `seconds, tokens, ce`."
+def curves_of(method: str) -> list[list[dict]]:
+    "The curves of a method in `01_time_to_loss`, of `seconds, tokens, ce`."
     rows = committed_rows("01_time_to_loss", method=method)
-    return [point for row in rows for point in row["metrics"]["curve"]]
+    return [row["metrics"]["curve"] for row in rows]
 
 # %% ../nbs/63_claims.ipynb #c206741e
 def reached_by(method: str, ce: float) -> float:
     "Seconds until some run of a method comes down to a loss."
-    points = [p["seconds"] for p in curve_points(method) if p["ce"] <= ce]
-    return min(points, default=float("inf"))
+    return min(crossing(curve, ce) for curve in curves_of(method))
 
 # %% ../nbs/63_claims.ipynb #ec1e3e02
 def time_found() -> Finding:
     "E1: SAE and LoRA reach the loss of an end-to-end SAE sooner."
     best = {}
     for method in ("end-to-end", "SAE alone"):
-        best[method] = min(p["ce"] for p in curve_points(method))
+        best[method] = min(p["ce"] for curve in curves_of(method) for p in curve)
     slow, alone = (reached_by(m, best["end-to-end"]) for m in best)
     ours = reached_by("SAE, then LoRA", best["end-to-end"])
     lower = Estimate(best["SAE alone"] - best["end-to-end"])

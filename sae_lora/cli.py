@@ -91,13 +91,15 @@ def check(
     batch: options.Batch = None,
     recipe: options.Recipe = "fast",
     keep: options.Keep = "special",
+    keep_unspliced: options.KeepUnspliced = 0.0,
     valid_tokens: options.Measured = 16_384,
     device: options.Device = None,
     as_json: options.Json = False,
 ):
     "What adapt will meet: the text, how rows begin, the gap, what the SAEs do, time and memory."
     adapter = dict(rank=rank, layers=parse_layers(layers))
-    training = dict(recipe=recipe, keep=keep) | parse_batch(batch, tokens, length, recipe)
+    training = dict(recipe=recipe, keep=keep, keep_unspliced=keep_unspliced)
+    training |= parse_batch(batch, tokens, length, recipe)
     saes = read_inputs(sae, model, text)
     from sae_lora.adapt import long_check, ready
     from sae_lora.check import summary
@@ -189,10 +191,13 @@ def demo(
     _say(run.report, as_json)
 
 # %% ../nbs/85_cli.ipynb #5a5779cc
-def _check_there(folder: Path):
-    "Raise `UsageError` unless there is such a folder."
+def _check_there(folder: Path, text: str):
+    "Raise `UsageError` unless there is such a folder, and such a text."
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such folder; give one that sae-lora adapt or demo wrote")
+    from sae_lora.documents import check_text
+
+    check_text(text)
 
 # %% ../nbs/85_cli.ipynb #45414f4b
 @_command()
@@ -206,10 +211,7 @@ def evaluate(
     as_json: options.Json = False,
 ):
     "Measure a saved adapter again, on any text."
-    _check_there(folder)
-    from sae_lora.documents import check_text
-
-    check_text(text)
+    _check_there(folder, text)
     from sae_lora.report import is_evaluation, measure_again, write_report
 
     out = out or folder / f"evaluate-{Path(text).stem[:99]}.json"
@@ -229,10 +231,7 @@ def export(
     as_json: options.Json = False,
 ):
     "Write a saved adapter's model for others: merged, its SAEs, a set for circuit-tracer."
-    _check_there(folder)
-    from sae_lora.documents import check_text
-
-    check_text(text)
+    _check_there(folder, text)
     from sae_lora.export import export_lines, run_export
 
     found = run_export(folder, to, text, length=length, device=device)

@@ -280,11 +280,13 @@ def _banded(ax, t: pd.DataFrame, y: str, colour: str, **look):
 def profile(rows: pd.DataFrame, y: str, label: str, hue: str | None = None, ax=None):
     """Column `y`, titled `label`, against `layer`, a line for each value of `hue`; zero is marked.
 
-    Where the table has columns `low` and `high`, a band goes from one to the other."""
+    Names of the four models have their colours. Where the table has columns `low` and `high`, a
+    band goes from one to the other."""
     ax = ax or _new_axes(6.5, 3.6)
     groups = list(rows.groupby(hue, sort=False)) if hue else [("", rows)]
-    for (name, t), marker in zip(groups, MARKERS):
-        colour = PALETTE.get(name) or PALETTE["adapted"]
+    others = sns.color_palette("flare", len(groups)) if hue else [PALETTE["adapted"]]
+    for (name, t), marker, other in zip(groups, MARKERS, others):
+        colour = PALETTE.get(name, other)
         _banded(ax, t, y, colour, marker=marker, label=str(name) or None)
     ax.axhline(0, color="#999999", lw=1)
     ax.set(xlabel="layer (output of decoder block)", title=label)

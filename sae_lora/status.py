@@ -54,7 +54,12 @@ def _notes() -> list[dict]:
 # %% ../nbs/73_status.ipynb #d5add6d0
 def _lives(note: dict) -> bool:
     "Whether the process that wrote a note is there, as far as can be seen."
-    return note["host"] != platform.node() or psutil.pid_exists(note["process"])
+    if note["host"] != platform.node():
+        return True
+    try:
+        return psutil.Process(note["process"]).create_time() <= note["began"]
+    except psutil.NoSuchProcess:
+        return False
 
 # %% ../nbs/73_status.ipynb #c640b8e4
 def _minutes_left(note: dict, missing: int) -> float | None:

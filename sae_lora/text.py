@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EXCERPT', 'token_ids', 'model_inputs', 'separator', 'beginning', 'targets', 'excerpts', 'Blocks', 'digest',
-           'token_blocks', 'text_rows']
+           'token_blocks', 'text_rows', 'seen_before']
 
 # %% ../nbs/06_text.ipynb #3ddd7a76
 import hashlib
@@ -18,6 +18,7 @@ from typing import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import max_pool1d, pad
 
 from .corpora import DOCS, corpus, for_validation, text_hash
 from .files import UsageError, in_range
@@ -339,3 +340,19 @@ def text_rows(texts: list[str], tok, length: int = 64) -> Tensor:
             f"{len(texts) - len(rows)} of {len(texts)} texts are empty; leave them out"
         )
     return rows[:, : int((rows >= 0).sum(1).max())]
+
+# %% ../nbs/06_text.ipynb #e8c4c699
+def _passages(ids: Tensor, n: int) -> Tensor:
+    "A number for each passage of `n` tokens within a row, `(rows, length − n + 1)`."
+    factors = torch.randint(-(2**62), 2**62, (n,), generator=torch.Generator().manual_seed(n))
+    factors = factors.to(ids.device)
+    return torch.cat([(some.unfold(1, n, 1) * factors).sum(-1) for some in ids.split(1024)])
+
+# %% ../nbs/06_text.ipynb #55016908
+def seen_before(train: Tensor, rows: Tensor, n: int = 13) -> Tensor:
+    """Which tokens of `rows` lie in a passage of `n` that rows of `train` have too.
+
+    Booleans `(rows, length)`. Passages that go on in the next row are not looked for."""
+    in_range("n", n, 1, rows.shape[-1])
+    found = torch.isin(*(_passages(token_ids(x), n) for x in (rows, train)))
+    return max_pool1d(pad(found.float(), (n - 1, n - 1)), n, 1) > 0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VERDICTS', 'difference', 'paired', 'more_than', 'falls', 'hardly_depends', 'mostly_better', 'kept', 'joint_verdict',
-           'from_to']
+           'from_to', 'crossing']
 
 # %% ../nbs/62_verdicts.ipynb #d2da0c3d
 import numpy as np
@@ -85,3 +85,13 @@ def joint_verdict(parts: list[str]) -> str:
 def from_to(found: list[Estimate], word: str = "→") -> str:
     "The first and the last of several estimates in words."
     return f"{percent(found[0])} {word} {percent(found[-1])}"
+
+# %% ../nbs/62_verdicts.ipynb #86c6406c
+def crossing(curve: list[dict], ce: float) -> float:
+    "Seconds until the loss `ce` of a curve of `seconds, ce` comes down to a value; else infinite."
+    first = next((i for i, p in enumerate(curve) if p["ce"] <= ce), None)
+    if not first:
+        return float("inf") if first is None else curve[0]["seconds"]
+    before, after = curve[first - 1], curve[first]
+    share = (before["ce"] - ce) / (before["ce"] - after["ce"])
+    return before["seconds"] + share * (after["seconds"] - before["seconds"])

@@ -24,7 +24,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a hub
 ROOT = Path(__file__).parent.parent
 
 
-LONGEST = ("test_chapters", "test_experiments", "test_runs", "test_hostile", "test_devices")
+# files whose tests are marked `long`; they come first
+LONG = {f"test_{name}" for name in "chapters experiments runs hostile devices tasks".split()}
+LONG |= {f"test_{name}" for name in "ten_minutes sharded kills paper fuzz".split()}
 
 
 def pytest_xdist_auto_num_workers(config) -> int:
@@ -36,7 +38,10 @@ def pytest_xdist_auto_num_workers(config) -> int:
 
 def pytest_collection_modifyitems(items):
     "The longest files first: a file's tests stay in one process, for they share what is costly."
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
+    items.sort(key=lambda item: item.path.stem not in LONG)
+    for item in items:
+        if item.path.stem in LONG:
+            item.add_marker("long")
 
 
 def forkserver(modules: list[str]):

@@ -252,6 +252,7 @@ def losses_of(curve: list[dict]) -> list[float]:
     "text.separator",
     "text.targets",
     "text.digest",
+    "text.seen_before",
     "lm.on_device",
     "lm.device_of",
     each=[("llama",), ("gemma3",), ("gpt2",)],
@@ -266,8 +267,10 @@ def passes(device, dtype, architecture):
             final = api.hidden(lm, batch, "final")
         each = list(api.hidden_each(lm, batch, [-1, 2, "final"]))
         wanted = api.targets(blocks(kind).train[:4])
-        named = api.digest(api.on_device(lm, batch)["input_ids"]) == api.digest(batch["input_ids"])
+        ids = api.on_device(lm, batch)["input_ids"]
+        named, seen = api.digest(ids) == api.digest(batch["input_ids"]), api.seen_before(ids, ids)
         out[kind] = dict(h=h, final=final, logits=W(final), each=each, wanted=wanted, named=named)
+        out[kind]["seen"] = seen
     return out
 
 

@@ -176,3 +176,9 @@ def test_the_papers_saes_are_in_the_registry(name):
     for spec in specs:
         release, _, sae_id = spec.partition(":")
         assert release in directory and sae_id in directory[release].saes_map, spec
+
+
+def test_outputs_are_those_of_the_code():
+    "Each chapter was run after its code was last changed."
+    told = "run sae_lora.notebooks.execute_chapter on these"
+    assert not nbs.stale_chapters(), told
