@@ -63,7 +63,8 @@ def groups_of(name: str, size: str = "laptop", params: dict = {}) -> list[list[d
 
 # %% ../nbs/71_asked.ipynb #b2efc828
 MEASURING = ("measure", "data", "probe_texts", "letters", "words", "cards", "index", "latents")
-MEASURING += ("examples", "negatives", "tune_on", "others", "alphas", "task", "limit", "bins")
+MEASURING += ("examples", "negatives", "tune_on", "others", "alphas", "task", "limit")
+MEASURING += ("bins", "passage")
 
 
 def _way(p: dict, places: list[SAESize]) -> dict:
