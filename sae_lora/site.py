@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'LISTS', 'SITE', 'Chapter', 'chapters', 'parts', 'between', 'listed', 'write_lists', 'stage_site', 'mathml',
-           'build_site']
+           'offline', 'build_site']
 
 # %% ../nbs/76_site.ipynb #6517bcdd
 import html
@@ -211,6 +211,26 @@ def mathml(page: Path):
 
     page.write_text(_KATEX.sub("", _MATH.sub(drawn, page.read_text())))
 
+# %% ../nbs/76_site.ipynb #c2e19a60
+_FETCHED = re.compile(
+    r'<script\b[^>]*\bsrc="https?:[^>]*></script>\s*'
+    r"|<script\b[^>]*>define\('jquery'.*?</script>\s*",
+    re.S,
+)
+_ENTRY = re.compile(r'<a class="nav-link(?: active)?" href="([^"]*)"(?: aria-current="page")?>')
+
+# %% ../nbs/76_site.ipynb #90d4f3b1
+def offline(page: Path):
+    """Drop the scripts that a page made by Quarto would fetch from the network, and mark the entry
+    of the bar on top that leads to this page."""
+
+    def entry(found: re.Match) -> str:
+        here = (page.parent / found[1]).resolve() == page.resolve()
+        active, current = (" active", ' aria-current="page"') if here else ("", "")
+        return f'<a class="nav-link{active}" href="{found[1]}"{current}>'
+
+    page.write_text(_ENTRY.sub(entry, _FETCHED.sub("", page.read_text())))
+
 # %% ../nbs/76_site.ipynb #e3233d61
 SITE = ".sae-lora-site"
 
@@ -226,9 +246,8 @@ def _render(folder: Path):
     if done.returncode:
         said = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise UsageError(f"{' '.join(command[-3:])} failed: {said}")
-    if not quarto:
-        for page in (folder / "_site").rglob("*.html"):
-            mathml(page)
+    for page in (folder / "_site").rglob("*.html"):
+        (offline if quarto else mathml)(page)
 
 # %% ../nbs/76_site.ipynb #4faeb126
 def build_site(out="_site", serve: bool = False) -> Path:
