@@ -85,6 +85,11 @@ def test_metadata_are_whole(about):
     first, *_, last = sorted(pythons)
     limits = (ROOT / "pages" / "limitations.qmd").read_text()
     assert f"Python {first} to {last}" in limits and about["Requires-Python"] == f">={first}"
+    needs = "\n".join(about.get_all("Requires-Dist"))
+    lowest = dict(re.findall(r"^([\w-]+)[^;\n]*?>=([\d.]+)", needs, re.M))
+    told = {"torch": "PyTorch", "peft": "PEFT", "sae-lens": "SAELens"}
+    for name in (*told, "transformers"):
+        assert f" {told.get(name, name)} {lowest[name]}," in limits
     urls = dict(url.split(", ") for url in about.get_all("Project-URL"))
     assert {"Documentation", "Source", "Changelog", "Issues"} <= set(urls)
     assert about["License"] == "Apache-2.0"
