@@ -14,6 +14,7 @@ import lzma
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from itertools import chain, cycle
+from multiprocessing import current_process
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -72,8 +73,11 @@ def _package_docs(package: str) -> list[str]:
 # %% ../nbs/05_corpora.ipynb #18fd8490
 def _read_docs() -> list[str]:
     "All docstrings of the packages in `DOCS`, without repeats, in the order of their hashes."
-    with ProcessPoolExecutor(2) as pool:
-        found = pool.map(_package_docs, DOCS)
+    if current_process().daemon:  # as workers of a cluster are: it may have no children
+        found = map(_package_docs, DOCS)
+    else:
+        with ProcessPoolExecutor(2) as pool:
+            found = pool.map(_package_docs, DOCS)
     return sorted(set(chain.from_iterable(found)), key=text_hash)
 
 # %% ../nbs/05_corpora.ipynb #3f0eade0

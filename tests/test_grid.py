@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import patch
 
 import psutil
 import pytest
+from conftest import forkserver
 from device_entries import model_folder, text_file
 
+from sae_lora import corpora
 from sae_lora.cluster import connected, engine, local_workers
 from sae_lora.experiments import adapted_rows, sae_steps
 from sae_lora.files import UsageError
@@ -31,6 +34,20 @@ def places(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("SAE_LORA_RESULTS", str(tmp_path / "rows"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return tmp_path
+
+
+def read_docs(path: Path):
+    "Write down how many docstrings of a package there are."
+    with patch.object(corpora, "DOCS", ["peft"]):
+        path.write_text(str(len(corpora._read_docs())))
+
+
+def test_a_worker_reads_text_without_children(tmp_path):
+    "Workers are daemonic processes, which may start no others."
+    worker = forkserver([]).Process(target=read_docs, args=(tmp_path / "n",), daemon=True)
+    worker.start()
+    worker.join()
+    assert worker.exitcode == 0 and int((tmp_path / "n").read_text()) > 10
 
 
 def client(workers: int, n: int, seconds: float) -> subprocess.Popen:
