@@ -1203,10 +1203,11 @@ def checked(device, dtype):
 @covers("check.preflight", "check.timed_steps", "check.tried")
 def a_check_leaves_no_trace(device, dtype):
     lm, tok = loaded(device, dtype)
+    saes, rows = {1: sae()}, blocks().valid  # making these draws random numbers, the first time
     there = torch if device == "cpu" else torch.get_device_module(device)
     torch.manual_seed(5)
     before = torch.get_rng_state(), there.get_rng_state()
-    found = api.preflight(lm, tok, {1: sae()}, blocks().valid, dict(rank=2, lora_dropout=0.1))
+    found = api.preflight(lm, tok, saes, rows, dict(rank=2, lora_dropout=0.1))
     for state, was in zip((torch.get_rng_state(), there.get_rng_state()), before):
         assert torch.equal(state, was), "random numbers after a check are others than without"
     assert not api.lora_parameters(lm)
