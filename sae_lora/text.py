@@ -352,7 +352,8 @@ def _passages(ids: Tensor, n: int) -> Tensor:
 def seen_before(train: Tensor, rows: Tensor, n: int = 13) -> Tensor:
     """Which tokens of `rows` lie in a passage of `n` that rows of `train` have too.
 
-    Booleans `(rows, length)`. Passages that go on in the next row are not looked for."""
-    in_range("n", n, 1, rows.shape[-1])
+    Booleans `(rows, length)`; padding counts as a token. Passages that go on in the next row are
+    not looked for. Raises `UsageError` for an `n` longer than a row."""
+    in_range("n", n, 1, min(train.shape[-1], rows.shape[-1]))
     found = torch.isin(*(_passages(token_ids(x), n) for x in (rows, train)))
     return max_pool1d(pad(found.float(), (n - 1, n - 1)), n, 1) > 0

@@ -90,8 +90,7 @@ def from_to(found: list[Estimate], word: str = "→") -> str:
 def crossing(curve: list[dict], ce: float) -> float:
     "Seconds until the loss `ce` of a curve of `seconds, ce` comes down to a value; else infinite."
     first = next((i for i, p in enumerate(curve) if p["ce"] <= ce), None)
-    if not first:
-        return float("inf") if first is None else curve[0]["seconds"]
-    before, after = curve[first - 1], curve[first]
-    share = (before["ce"] - ce) / (before["ce"] - after["ce"])
-    return before["seconds"] + share * (after["seconds"] - before["seconds"])
+    if first is None:
+        return float("inf")
+    around = curve[max(first - 1, 0) : first + 1]  # np.interp wants numbers that rise
+    return float(np.interp(-ce, [-p["ce"] for p in around], [p["seconds"] for p in around]))
