@@ -437,6 +437,7 @@ def adapters_saved_and_loaded(device, dtype, kind):
     "metrics.fidelity",
     "metrics.fidelities",
     "metrics.token_losses",
+    "metrics.fidelity_of",
     "metrics.held_out_loss",
     "metrics.sparsity",
     "models.four_models",
@@ -460,6 +461,7 @@ def measures(device, dtype, kind, rows):
     out["fidelities"] = api.fidelities(lm, fresh_saes(), valid, ["default"])
     tokens = api.token_losses(lm, fresh_saes(), valid, batch=5)
     out["tokens"] = torch.stack([x for kind in ("ce", "kl") for x in tokens[kind].values()])
+    out["some"] = api.fidelity_of(tokens, which=api.token_ids(valid)[:, 1:] % 2 == 0)
     out["held_out"] = api.held_out_loss(lm, fresh_saes(), valid)()
     out["sparsity"] = api.sparsity(lm, sae(kind), 1, valid)
     with torch.no_grad():
