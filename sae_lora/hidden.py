@@ -6,7 +6,8 @@
 __all__ = ['watched', 'hidden', 'with_forwards', 'resume', 'hidden_each']
 
 # %% ../nbs/14_hidden.ipynb #130b5be1
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ from .lm import decoder_blocks, on_device
 
 # %% ../nbs/14_hidden.ipynb #43beeb3e
 class _Reached(Exception):
-    "Carries what a module gave, or was given, out of a forward pass."
+    "Ends a forward pass from which nothing more is wanted."
 
 # %% ../nbs/14_hidden.ipynb #258156d0
 def _seen(args: tuple, kwargs: dict, output: tuple):
@@ -41,21 +42,22 @@ def watched(at: Place, saw):
     finally:
         handle.remove()
 
-# %% ../nbs/14_hidden.ipynb #5aff9dcd
-def _carry_out(x):
-    "End the pass with what was seen."
-    raise _Reached(x)
-
 # %% ../nbs/14_hidden.ipynb #6ffaf7e2
-def _run_to(lm, at: Place, batch: dict) -> Tensor:
-    "The hidden state at a place, in a pass of `lm` that ends there."
-    batch = on_device(lm, batch) | {"use_cache": False}
-    try:
-        with watched(at, _carry_out):
+def _run_past(lm, places: list[Place], batch: dict) -> list[Tensor]:
+    "The hidden state at each place, in one pass of `lm` that ends where all have been seen."
+    batch, found = on_device(lm, batch) | {"use_cache": False}, {}
+
+    def saw(i: int, x: Tensor):
+        found[i] = x
+        if len(found) == len(places):
+            raise _Reached
+
+    with ExitStack() as hooks:
+        for i, at in enumerate(places):
+            hooks.enter_context(watched(at, partial(saw, i)))
+        with suppress(_Reached):
             lm(**batch)
-    except _Reached as reached:
-        return reached.args[0]
-    raise RuntimeError(f"{type(at.module).__name__} was never reached")
+    return [found[i] for i in range(len(places))]
 
 # %% ../nbs/14_hidden.ipynb #94549cc1
 def _place(lm, site) -> Place:
@@ -71,7 +73,7 @@ def hidden(lm, batch: dict, site) -> Tensor:
     `model_inputs` makes them, on any device. Nothing beyond the site is computed. Raises
     `UsageError` for a site that does not exist."""
     at = _place(lm, site)
-    return at_site(site, at.module, _run_to(lm, at, batch))
+    return at_site(site, at.module, _run_past(lm, [at], batch)[0])
 
 # %% ../nbs/14_hidden.ipynb #9f61741d
 @torch.no_grad()
@@ -81,7 +83,7 @@ def _output_of_block(lm):
     changed = block.__dict__.pop("forward", None)  # it would be compiled anew
     handle = block.register_forward_hook(lambda module, args, output: found.append(output))
     try:
-        _run_to(lm, Place(block, False), {"input_ids": torch.zeros(1, 1, dtype=torch.long)})
+        _run_past(lm, [Place(block, False)], {"input_ids": torch.zeros(1, 1, dtype=torch.long)})
         return found[0]
     finally:
         handle.remove()
@@ -140,10 +142,7 @@ def resume(lm, layer: int, h: Tensor):
 
 # %% ../nbs/14_hidden.ipynb #247a5681
 def hidden_each(lm, batch: dict, at: list) -> list[Tensor]:
-    'Hidden states at the sites `at`, ascending (`"final"` last), for the cost of one pass.'
-    found, places = [], [_place(lm, site) for site in at]
-    with ExitStack() as hooks:
-        for one in places[:-1]:
-            hooks.enter_context(watched(one, found.append))
-        found.append(_run_to(lm, places[-1], batch))
+    "Hidden states at the sites `at`, in any order, for the cost of one pass to the last of them."
+    places = [_place(lm, site) for site in at]
+    found = _run_past(lm, places, batch)
     return [at_site(site, one.module, x) for site, one, x in zip(at, places, found)]

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from .experiments import WORLD, saes_at, world
+from .experiments import WORLD, saes_at, with_adapters, world
 from .lora import add_lora, lora_parameters
 from .metrics import fidelities, fidelity
-from .train import fit_lora, fit_loras
+from .train import fit_lora
 
 # %% ../nbs/66_recipe_study.ipynb #0ef0955f
 def _scales(lm, times_b: float) -> dict[str, float]:
@@ -46,26 +46,6 @@ def variant_rows(group: list[dict]):
         with changed(lm, saes, blocks.train, p) as curve:
             yield fidelity(lm, saes, blocks.valid) | dict(seconds=curve[-1]["seconds"])
 
-# %% ../nbs/66_recipe_study.ipynb #8629bec0
-def _side_by_side(lm, saes: dict, rows: Tensor, names: list[str], group: list[dict]) -> dict:
-    "Train the adapters `names`, each at the learning rate of its run; their curves."
-    p, highest = group[0], max(r["lr"] for r in group)
-    fractions = {}
-    for name, r in zip(names, group):
-        fractions |= {n: r["lr"] / highest for n in lora_parameters(lm, name)}
-    return fit_loras(
-        lm,
-        {name: saes for name in names},
-        rows,
-        p["tokens"],
-        seed=p["seed"],
-        batch=p["batch"],
-        lr=highest,
-        scales=fractions,
-        fuse=False,
-        cached=True,
-    )
-
 # %% ../nbs/66_recipe_study.ipynb #3adcd324
 def _beside(tuning: dict, curve: list[dict], several: int) -> dict:
     "What a row says beside its fidelity."
@@ -79,17 +59,12 @@ def _beside(tuning: dict, curve: list[dict], several: int) -> dict:
 def rate_rows(group: list[dict]):
     """Fidelity on one half of the held-out rows, for each learning rate of a group, and the shares
     closed on the other half, on which the rate is chosen (`tuning`)."""
-    p = group[0]
-    lm, _, blocks = world(*(p[k] for k in WORLD))
-    saes, names = saes_at(lm, blocks, p["sae"]), [f"rate{i}" for i in range(len(group))]
-    for name in names:
-        add_lora(lm, saes, p["rank"], seed=p["seed"], name=name)
-    try:
-        curves = _side_by_side(lm, saes, blocks.train, names, group)
-        tuning = fidelities(lm, saes, blocks.valid[0::2], names)
-        told = fidelities(lm, saes, blocks.valid[1::2], names)
-    finally:
-        for name in names:
-            lm.delete_adapter(name)
-    for name in names:
-        yield told[name] | _beside(tuning[name], curves[name], len(group))
+    lm, _, blocks = world(*(group[0][k] for k in WORLD))
+    saes = saes_at(lm, blocks, group[0]["sae"])
+    # groups differ in the rows a step: the states of all are the same, their kernels are not
+    own = dict(layers="after", recipe="fast", cached=True, fuse=False)
+    with with_adapters(lm, saes, blocks.train, *(p | own for p in group)) as curves:
+        tuning = fidelities(lm, saes, blocks.valid[0::2], curves)
+        told = fidelities(lm, saes, blocks.valid[1::2], curves)
+    for name, curve in curves.items():
+        yield told[name] | _beside(tuning[name], curve, len(group))

@@ -1345,7 +1345,7 @@ def small_rows(device, dtype):
     "ways.Ground",
     "ways.losses_of",
     "ways.which_fire",
-    "ways.jaccard",
+    "ways.same_latents",
     each=[("LoRA near",), ("LoRA + SAE",), ("linear",), ("end-to-end",)],
     needs=("sklearn",),
 )

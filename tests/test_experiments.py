@@ -31,7 +31,10 @@ def test_an_adapter_is_recalled_as_it_was(setting):
     assert kept.stat().st_mtime_ns == before and not getattr(lm, "peft_config", None)
 
 
-@pytest.mark.parametrize("change", [dict(rank=3), dict(seed=1), dict(lr=2e-3), dict(tokens=32)])
+CHANGES = [dict(rank=3), dict(seed=1), dict(lr=2e-3), dict(tokens=32), dict(batch=1)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_another_run_is_another_adapter(setting, change):
     lm, saes, rows = setting
     for p in (RUN, RUN | change):
@@ -48,6 +51,20 @@ def test_several_are_trained_side_by_side_and_come_off_on_error_too(setting):
             raise RuntimeError
     assert not getattr(lm, "peft_config", None)
     assert not cache_path("adapters").exists()  # those that were trained together are not kept
+
+
+def test_learning_rates_side_by_side_are_those_of_each_alone(setting):
+    lm, saes, rows = setting
+    runs, alone = [RUN | dict(lr=lr) for lr in (4e-3, 1e-3)], []
+    for p in runs:
+        with with_adapters(lm, saes, rows, p):
+            alone.append(weights(lm))
+    with with_adapters(lm, saes, rows, *runs) as curves:
+        for name, expected in zip(curves, alone):
+            own = lora_parameters(lm, name).values()
+            found = torch.cat([p.detach().flatten() for p in own])
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(*alone)
 
 
 def test_what_is_kept_is_checked(setting):

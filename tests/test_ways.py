@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sae_lora.ways import WAYS, by_way, jaccard, layers_of_way, losses_of
+from sae_lora.ways import WAYS, by_way, layers_of_way, losses_of, same_latents
 
 RUN = dict(rank=2, near=1, tokens=64, seed=0, keep_unspliced=0.0)
 
@@ -40,5 +40,5 @@ def test_where_adapters_are():
 
 def test_how_far_active_latents_are_the_same():
     a = torch.tensor([[True, True, False]])
-    assert jaccard(a, a) == 1 and jaccard(a, ~a) == 0
-    assert jaccard(a, torch.tensor([[False, True, True]])) == pytest.approx(1 / 3)
+    assert same_latents(a, a) == 1 and same_latents(a, ~a) == 0
+    assert same_latents(a, torch.tensor([[False, True, True]])) == pytest.approx(1 / 3)
