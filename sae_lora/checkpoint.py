@@ -119,13 +119,14 @@ def _as_tensors(params: dict, opt, state: dict) -> dict[str, Tensor]:
     return {n: t.cpu().contiguous() for n, t in tensors.items()}
 
 # %% ../nbs/36_checkpoint.ipynb #4e8bfaf1
-_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW remembers of a parameter
+_BESIDE = ("param", "state", "random")  # what a checkpoint holds beside an optimizer's memory
 
 # %% ../nbs/36_checkpoint.ipynb #1e5baaff
 def _moments(tensors: dict[str, Tensor], name: str, device, fused: bool) -> dict[str, Tensor]:
-    "What AdamW remembers of a parameter, on `device`; unless `fused`, it counts on the CPU."
-    moments = {k: tensors[f"{k}/{name}"].to(device) for k in _MOMENTS}
-    return moments if fused else moments | {"step": moments["step"].cpu()}
+    "What the optimizer remembers of a parameter, on `device`; steps on the CPU, unless `fused`."
+    kinds = {n.split("/")[0] for n in tensors}.difference(_BESIDE)
+    moments = {k: tensors[f"{k}/{name}"].to(device) for k in kinds if f"{k}/{name}" in tensors}
+    return moments | {k: v.cpu() for k, v in moments.items() if k == "step" and not fused}
 
 # %% ../nbs/36_checkpoint.ipynb #83e8ee12
 def _put_back(tensors: dict[str, Tensor], params: dict, opt, state: dict):
@@ -134,7 +135,7 @@ def _put_back(tensors: dict[str, Tensor], params: dict, opt, state: dict):
         t.copy_(tensors[f"state/{n}"])
     for n, p in params.items():
         p.data.copy_(tensors[f"param/{n}"])
-        opt.state[p] = _moments(tensors, n, p.device, opt.defaults["fused"])
+        opt.state[p] = _moments(tensors, n, p.device, opt.defaults.get("fused"))
     _set_random_states({n: t for n, t in tensors.items() if n.startswith("random")}, params)
 
 # %% ../nbs/36_checkpoint.ipynb #1967b0d7

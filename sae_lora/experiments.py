@@ -258,7 +258,7 @@ def _rates(lm, runs: dict[str, dict]) -> dict:
 # %% ../nbs/61_experiments.ipynb #86182657
 TRAINING = ("batch", "keep_unspliced", "cached", "fuse")  # what else `fit_loras` is told of a run
 
-
+# %% ../nbs/61_experiments.ipynb #2ac15799
 def _fit(lm, saes: dict, rows, runs: dict[str, dict], checkpoint: Path) -> dict:
     "Train an adapter for each of `runs`, by its name, or go on from the checkpoint; their curves."
     p = next(iter(runs.values()))

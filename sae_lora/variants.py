@@ -86,14 +86,14 @@ class LinearAdapter(nn.Module):
 
 # %% ../nbs/41_variants.ipynb #3b41b1c7
 def fit_linear(
-    lm, saes: dict, rows: Tensor, tokens: int = 65_536, rank: int = 64, **options
+    lm, saes: dict, rows: Tensor, tokens: int = 65_536, rank: int = 64, beside=False, **options
 ) -> tuple[dict, list[dict]]:
     """Train a linear map of rank `rank` after each SAE with the KL objective.
 
-    Gives the SAEs with their maps, to be spliced like any others, and the curve. `options` as for
-    `fit_lora`."""
-    seed = options.get("seed", 0)
+    If it is `beside` the adapter of `lm`, that is trained with it. Gives the SAEs with their maps,
+    to be spliced like any others, and the curve. `options` as for `fit_lora`."""
+    seed, adapter = options.get("seed", 0), trainable_lora(lm) if beside else {}
     mapped = {i: LinearAdapter(sae, rank, seed) for i, sae in check_saes(lm, saes).items()}
     mapped = check_saes(lm, mapped)  # on the device of each layer
-    params = _of_saes(mapped, ("A", "B"))
+    params = adapter | _of_saes(mapped, ("A", "B"))
     return mapped, fit_kl(lm, {None: mapped}, [params], rows, tokens, "fast", options)[0]

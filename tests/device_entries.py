@@ -649,14 +649,15 @@ def stopped_at(step: int):
     "checkpoint.Progress",
     "loop.loop",
     "train.fit_lora",
-    each=[("fast",), ("published",)],
+    each=[("fast", "adamw"), ("published", "adamw"), ("fast", "muon")],
 )
-def stopped_and_resumed(device, dtype, recipe):
+def stopped_and_resumed(device, dtype, recipe, optimizer):
     ends, file = [], fresh() / "state.safetensors"
     for stops in (None, 2, None):  # unbroken; stopped; resumed
         lm, _ = loaded(device, dtype)
         api.add_lora(lm, {1: sae()}, rank=2, **api.RECIPES[recipe].adapter)
         options = RUN | dict(recipe=recipe, batch=1 if recipe == "published" else 2)
+        options["optimizer"] = optimizer
         options["checkpoint"] = file if ends else None
         if stops:
             options["callback"] = stopped_at(stops)
@@ -697,7 +698,20 @@ def saes_trained(device, dtype, kind):
     saes = {1: sae(kind)}
     curve = api.fit_both(lm, saes, rows, **RUN)
     out["both"] = losses_of(curve), saes[1].W_dec, parameters(lm)
+    linear, curve = api.fit_linear(lm, {1: sae(kind)}, rows, rank=3, beside=True, **RUN)
+    out["beside"] = losses_of(curve), linear[1].B, parameters(lm)
     return out
+
+
+@covers("starts.start_at", each=[("inputs",), ("error",), ("gradient",)])
+def begun(device, dtype, start):
+    lm, _ = loaded(device, dtype)
+    api.add_lora(lm, {1: sae()}, rank=2)
+    for name in ("packed", "padded"):
+        api.start_at(lm, {1: sae()}, blocks(name).train[:4], start)
+    for p in parameters(lm).values():
+        assert p.device.type == torch.device(device).type and p.dtype == torch.float32
+    return {n: p.norm() for n, p in parameters(lm).items()}  # directions have two signs
 
 
 @covers("train_sae.untrained_sae", "train_sae.fit_e2e", "new_saes.new_sae", "new_saes.unscaled")
@@ -1364,12 +1378,20 @@ def way(device, dtype, name):
     return {k: row[k] for k in ("held", "news", "spliced", "jaccard")}
 
 
-@covers("recipe_study.changed", "recipe_study.variant_rows", "recipe_study.rate_rows")
+@covers(
+    "recipe_study.changed",
+    "recipe_study.variant_rows",
+    "recipe_study.rate_rows",
+    "recipe_study.idea_rows",
+    "recipe_study.hardest",
+)
 def variant(device, dtype):
     changes = dict(lr=3e-4, times_b=8.0, layers=[2])
+    ideas = [dict(hard=True, average=0.5, beside=True), dict(use_dora=True, average=0.5)]
     with small_rows(device, dtype) as lms:
         rows = list(api.variant_rows([small_run(changes=changes)]))
         rows += api.rate_rows([small_run(batch=2, lr=lr) for lr in (1e-3, 4e-3)])
+        rows += api.idea_rows([small_run(changes=c) for c in ideas])
     assert on(lms, device)
     for row in rows:
         row.pop("seconds")
