@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .anatomy import Place
 from .files import one_of
 from .hidden import hidden, watched
-from .lm import head
+from .lm import head, on_device
 from .lora import lora_parameters
 from .objective import distill
 from .splice import splice
@@ -30,14 +30,16 @@ def _adapted(lm) -> dict[str, nn.Module]:
 # %% ../nbs/66_starts.ipynb #f1d5107d
 @torch.no_grad()
 def _read(lm, batch: dict) -> dict[str, Tensor]:
-    "What each adapted linear reads in a pass, `(positions, width)`."
-    found = {}
+    "What each adapted linear reads in a pass, `(positions, width)`; no padding."
+    found, real = {}, slice(None)
+    if "attention_mask" in batch:
+        real = batch["attention_mask"].bool()
     with ExitStack() as hooks:
         for name, linear in _adapted(lm).items():
             keep = partial(found.__setitem__, name)
             hooks.enter_context(watched(Place(linear, before=True), keep))
         hidden(lm, batch, "final")
-    return {name: x.flatten(0, -2).float() for name, x in found.items()}
+    return {name: x[real].flatten(0, -2).float() for name, x in found.items()}
 
 # %% ../nbs/66_starts.ipynb #104b5570
 def _inputs(lm, saes: dict, batch: dict) -> dict[str, Tensor]:
@@ -92,7 +94,8 @@ def start_at(lm, saes: dict, rows: Tensor, start: str):
 
     `start` is `inputs` (of each linear, with `saes` in), `error` (how far they are from those
     without) or `gradient` (of the objective). Raises `UsageError` for another one."""
-    found = STARTS[one_of("start", start, STARTS)](lm, saes, model_inputs(rows))
+    batch = on_device(lm, model_inputs(rows))
+    found = STARTS[one_of("start", start, STARTS)](lm, saes, batch)
     for name, M in found.items():
         linear = lm.get_submodule(name)
         _turn(linear.lora_A[linear.active_adapters[0]].weight, M)

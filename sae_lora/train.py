@@ -7,7 +7,7 @@ __all__ = ['OPTIONS', 'SETTINGS', 'CHOICES', 'LONG', 'Options', 'fuses', 'fit_kl
 
 # %% ../nbs/40_train.ipynb #c4e7d967
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Callable
 
@@ -132,8 +132,8 @@ def _scales(lm, trained: dict) -> dict[str, list]:
 # %% ../nbs/40_train.ipynb #6b723d79
 def _parameters(run: _Run) -> dict:
     "What tells a run from others."
-    options = asdict(run.options)
-    told = {name: options[name] for name in ("seed", "keep", "keep_unspliced", "precision")}
+    names = ("seed", "keep", "keep_unspliced", "precision")
+    told = {name: getattr(run.options, name) for name in names}
     trained = {name: p for group in run.groups for name, p in group.items()}
     return dict(
         **run.options.about,

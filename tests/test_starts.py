@@ -74,6 +74,19 @@ def test_the_gradient_is_that_of_the_weight():
     torch.testing.assert_close(spanned(lm, name), leading(weight.grad), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("start", STARTS)
+def test_padding_counts_for_nothing(start):
+    short = ROWS[:4].clone()
+    padded = torch.cat([short, torch.full((4, 5), -1)], 1)
+    found = []
+    for rows in (short, padded):
+        lm, saes = tiny("llama"), {1: random_sae()}
+        add_lora(lm, saes, rank=3)
+        start_at(lm, saes, rows, start)
+        found.append(spanned(lm, linears(lm, 3, ["mlp"])[0]))
+    torch.testing.assert_close(*found, atol=1e-4, rtol=0)
+
+
 def test_another_start_is_refused():
     lm, saes = tiny("llama"), {1: random_sae()}
     add_lora(lm, saes, rank=2)

@@ -102,6 +102,22 @@ def test_a_run_goes_on_with_the_adapter_it_had_whatever_else_is_on_the_model(tmp
         fit_lora(lm, saes, ROWS, **RUN, checkpoint=file)
 
 
+def test_a_callback_is_called_as_it_was_given():
+    class Counts:
+        rows = 0
+
+        def __call__(self, row):
+            self.rows += 1
+
+        def __deepcopy__(self, memo):
+            raise AssertionError("copied")
+
+    lm, saes, counts = tiny("llama"), {1: random_sae()}, Counts()
+    add_lora(lm, saes, rank=2)
+    curve = fit_lora(lm, saes, ROWS, **RUN, callback=counts)
+    assert counts.rows == len(curve)
+
+
 def test_an_adapter_that_is_not_there_is_named():
     lm, saes = tiny("llama"), {1: random_sae()}
     add_lora(lm, saes, rank=2)
