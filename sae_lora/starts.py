@@ -84,9 +84,10 @@ def _leading(M: Tensor, n: int) -> Tensor:
 # %% ../nbs/66_starts.ipynb #ebf0bc67
 @torch.no_grad()
 def _turn(A: Tensor, M: Tensor):
-    "Give the rows of A the leading directions of M, and the length that they had together."
-    rows = _leading(M, len(A)).to(A.dtype)
-    A.copy_(rows * (A.norm() / rows.norm()))
+    """Give the rows of A the leading directions of M, and the length that they had together. Rows
+    beyond the directions that there are stay as they were drawn."""
+    rows, own = _leading(M, len(A)).to(A.dtype), A[: M.shape[1]]
+    own.copy_(rows * (own.norm() / rows.norm()))
 
 # %% ../nbs/66_starts.ipynb #417ba525
 def start_at(lm, saes: dict, rows: Tensor, start: str):

@@ -74,6 +74,18 @@ def test_the_gradient_is_that_of_the_weight():
     torch.testing.assert_close(spanned(lm, name), leading(weight.grad), atol=1e-3, rtol=0)
 
 
+def test_a_rank_beyond_the_directions_that_there_are():
+    lm, saes = tiny("llama"), {1: random_sae()}
+    add_lora(lm, saes, rank=200)
+    before = {n: p.detach().clone() for n, p in lora_parameters(lm).items()}
+    start_at(lm, saes, ROWS, "inputs")
+    for name, p in lora_parameters(lm).items():
+        if "lora_A" in name:
+            n = p.shape[1]
+            assert not torch.equal(p[:n], before[name][:n])
+            assert torch.equal(p[n:], before[name][n:]) and n < 200
+
+
 @pytest.mark.parametrize("start", STARTS)
 def test_padding_counts_for_nothing(start):
     short = ROWS[:4].clone()
