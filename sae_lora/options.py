@@ -243,8 +243,8 @@ def parse_layers(given: str):
     return layers
 
 # %% ../nbs/85_options.ipynb #feb88ead
-def _auto_batch(tokens: int, length: int, recipe: str) -> dict:
-    "The settings that rows a step `auto` stand for."
+def _auto_batch(tokens: int, length: int, recipe: str) -> int:
+    "The rows a step that `auto` stands for."
     from sae_lora.processes import processes
     from sae_lora.recipes import auto_batch
 
@@ -254,13 +254,13 @@ def _auto_batch(tokens: int, length: int, recipe: str) -> dict:
 
 # %% ../nbs/85_options.ipynb #9820e614
 def parse_batch(given: str | None, tokens: int, length: int, recipe: str = "fast") -> dict:
-    """The settings that rows a step, given as a number or `auto`, stand for; none for `None`.
+    """The setting that rows a step, given as a number or `auto`, stand for; none for `None`.
 
     Raises `UsageError` for anything else."""
     if given is None:
         return {}
     if given == "auto":
-        return _auto_batch(tokens, length, recipe)
+        return {"batch": _auto_batch(tokens, length, recipe)}
     if not (given.isascii() and given.isdigit() and 1 <= int(given[:9]) <= 2**20):
         told = one_line(repr(given), 60)
         raise UsageError(f"batch {told}; give auto, or a whole number, 1 or more (to {2**20})")
