@@ -112,7 +112,8 @@ def test_a_callback_is_called_as_it_was_given():
         def __deepcopy__(self, memo):
             raise AssertionError("copied")
 
-    lm, saes, counts = tiny("llama"), {1: random_sae()}, Counts()
+    lm, saes = tiny("llama"), {1: random_sae()}
+    counts = Counts()
     add_lora(lm, saes, rank=2)
     curve = fit_lora(lm, saes, ROWS, **RUN, callback=counts)
     assert counts.rows == len(curve)
