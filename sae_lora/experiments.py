@@ -97,7 +97,7 @@ def _check_alone(folder: Path):
 
 # %% ../nbs/61_experiments.ipynb #f5129450
 def _trained(lm, blocks, spec: dict) -> Path:
-    "The folder of the SAE of a spec, which is trained if it is not there."
+    "The folder of a spec's SAE, which is trained if need be."
     p = _made_of(lm, blocks, **spec)
     folder = cache_path("saes", key(p))
     with alone(folder):
@@ -262,7 +262,8 @@ TRAINING = ("batch", "keep_unspliced", "cached", "fuse")  # what else `fit_loras
 def _fit(lm, saes: dict, rows, runs: dict[str, dict], checkpoint: Path) -> dict:
     "Train an adapter for each of `runs`, by its name, or go on from the checkpoint; their curves."
     p = next(iter(runs.values()))
-    own = {k: p[k] for k in TRAINING if k in p}
+    own = dict(cached=cacheable(lm, p["tokens"], p["recipe"]))
+    own |= {k: p[k] for k in TRAINING if k in p}
     return fit_loras(
         lm,
         {name: saes for name in runs},
@@ -271,7 +272,7 @@ def _fit(lm, saes: dict, rows, runs: dict[str, dict], checkpoint: Path) -> dict:
         p["recipe"],
         seed=p["seed"],
         checkpoint=checkpoint,
-        **dict(cached=cacheable(lm, p["tokens"], p["recipe"])) | own,
+        **own,
         **_rates(lm, runs),
     )
 

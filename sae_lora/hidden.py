@@ -57,6 +57,9 @@ def _run_past(lm, places: list[Place], batch: dict) -> list[Tensor]:
             hooks.enter_context(watched(at, partial(saw, i)))
         with suppress(_Reached):
             lm(**batch)
+    missed = [type(at.module).__name__ for i, at in enumerate(places) if i not in found]
+    if missed:
+        raise RuntimeError(f"{missed[0]} was never reached")
     return [found[i] for i in range(len(places))]
 
 # %% ../nbs/14_hidden.ipynb #94549cc1

@@ -107,7 +107,12 @@ def _adamw(params: dict, descent: Descent) -> torch.optim.AdamW:
 
 # %% ../nbs/37_loop.ipynb #37611b4f
 def _muon(params: dict, descent: Descent) -> torch.optim.Muon:
-    "Muon (Jordan et al. 2024): orthogonal steps, made as long as AdamW's; parameters are matrices."
+    """Muon (Jordan et al. 2024): orthogonal steps, made as long as AdamW's.
+
+    Raises `UsageError` for a parameter that is no matrix."""
+    others = [name for name, p in params.items() if p.dim() != 2]
+    if others:
+        raise UsageError(f"muon trains matrices, and {others[0]} is none; take adamw")
     own = dict(lr=descent.lr, momentum=descent.betas[0], weight_decay=descent.weight_decay)
     return torch.optim.Muon(_groups(params, descent.scales), adjust_lr_fn="match_rms_adamw", **own)
 
@@ -160,7 +165,7 @@ def _check_losses(at: Progress, checkpoint):
 class Watch:
     "What is seen of a run while it runs."
 
-    measure: Callable[[], dict] | None = None  # adds to each row; its time is not counted
+    measure: Callable[[], dict] | None = None  # adds to each row, untimed
     callback: Callable[[dict], None] | None = None  # sees the first curve's rows
     points: int = 50  # rows of a curve
     label: str = "train"  # of the progress bar

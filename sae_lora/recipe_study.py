@@ -9,7 +9,8 @@ __all__ = ['ADAPTER', 'hardest', 'changed', 'variant_rows', 'idea_rows', 'rate_r
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from .experiments import WORLD, saes_at, with_adapters, world
 from .loop import order
@@ -30,30 +31,26 @@ def _scales(lm, times_b: float) -> dict[str, float]:
 # %% ../nbs/67_recipe_study.ipynb #7097bcfc
 @torch.no_grad()
 def hardest(lm, saes: dict, rows: Tensor) -> Tensor:
-    "The half of some token rows where `saes` cost the most KL, in their order."
-    cost = token_losses(lm, saes, rows)["kl"]["spliced"].mean(1)
+    "The half of some token rows where `saes` cost the most KL per token, in their order."
+    t = token_losses(lm, saes, rows)
+    cost = (t["kl"]["spliced"] * t["real"]).sum(1) / t["real"].sum(1)
     return rows[cost.topk(len(rows) // 2).indices.sort().values]
 
-# %% ../nbs/67_recipe_study.ipynb #18557b39
-class _Mean:
-    "The mean of parameters over the points of a curve from `first` tokens on."
+# %% ../nbs/67_recipe_study.ipynb #e9220b1f
+class _Averaged:
+    "An adapter's weights, averaged over the points of a curve from `first` tokens on."
 
-    def __init__(self, parameters, first: float):
-        self.parameters = list(parameters)
-        self.first, self.points = first, 0
-        self.mean = [torch.zeros_like(p) for p in self.parameters]
+    def __init__(self, lm, first: float):
+        self.own, self.first = nn.ParameterList(lora_parameters(lm).values()), first
+        self.mean = AveragedModel(self.own)
 
     def __call__(self, row: dict):
-        if row["tokens"] < self.first:
-            return
-        self.points += 1
-        for mean, p in zip(self.mean, self.parameters):
-            mean.lerp_(p.detach(), 1 / self.points)
+        if row["tokens"] >= self.first:
+            self.mean.update_parameters(self.own)
 
     def put(self):
-        "Give the parameters their mean."
-        for mean, p in zip(self.mean, self.parameters):
-            p.data.copy_(mean)
+        "Give the adapter the mean."
+        self.own.load_state_dict(self.mean.module.state_dict())
 
 # %% ../nbs/67_recipe_study.ipynb #404e331d
 def _drawn_hard(lm, saes: dict, rows: Tensor, p: dict) -> Tensor:
@@ -66,16 +63,22 @@ def _learned(lm, saes: dict, rows: Tensor, p: dict, changes: dict) -> tuple[dict
     "Train the adapter of `lm` with some changes: the SAEs that belong to it, and the curve."
     if changes.pop("hard", False):
         rows = _drawn_hard(lm, saes, rows, p)
-    beside, average = changes.pop("beside", False), changes.pop("average", 0)
     scales = _scales(lm, changes.pop("times_b", 1.0))
-    mean = _Mean(lora_parameters(lm).values(), (1 - average) * p["tokens"])
-    own = dict(seed=p["seed"], scales=scales, callback=mean) | changes
-    if beside:
-        return fit_linear(lm, saes, rows, p["tokens"], p["rank"], beside=True, **own)
-    curve = fit_lora(lm, saes, rows, p["tokens"], **own)
-    if average:
-        mean.put()
-    return saes, curve
+    options = dict(tokens=p["tokens"], seed=p["seed"], scales=scales) | changes
+    if options.pop("beside", False):
+        return fit_linear(lm, saes, rows, rank=p["rank"], beside=True, **options)
+    return saes, fit_lora(lm, saes, rows, **options)
+
+# %% ../nbs/67_recipe_study.ipynb #e00d4709
+def _averaging(lm, saes: dict, rows: Tensor, p: dict, changes: dict) -> tuple[dict, list[dict]]:
+    "`_learned`; at the end the adapter is the mean over a share `average` of the run, if asked."
+    share = changes.pop("average", None)
+    if share is None:
+        return _learned(lm, saes, rows, p, changes)
+    mean = _Averaged(lm, (1 - share) * p["tokens"])
+    made = _learned(lm, saes, rows, p, changes | dict(callback=mean))
+    mean.put()
+    return made
 
 # %% ../nbs/67_recipe_study.ipynb #4cda0bd9
 ADAPTER = ("roles", "alpha", "layers", "use_dora")  # changes that are options of the adapter
@@ -93,7 +96,7 @@ def changed(lm, saes: dict, rows: Tensor, p: dict):
     try:
         if start := changes.pop("start", None):
             start_at(lm, saes, rows[:8], start)
-        yield _learned(lm, saes, rows, p, changes)
+        yield _averaging(lm, saes, rows, p, changes)
     finally:
         lm.delete_adapter("default")
 
@@ -105,6 +108,11 @@ def variant_rows(group: list[dict]):
     for p in group:
         with changed(lm, saes, blocks.train, p) as (_, curve):
             yield fidelity(lm, saes, blocks.valid) | dict(seconds=curve[-1]["seconds"])
+
+# %% ../nbs/67_recipe_study.ipynb #0ffd880f
+def _halves(rows: Tensor) -> dict[str, Tensor]:
+    "Held-out rows on which settings are chosen (`tuning`), and those that are reported (`told`)."
+    return dict(tuning=rows[0::2], told=rows[1::2])
 
 # %% ../nbs/67_recipe_study.ipynb #095bc320
 def _closed(before: dict, after: dict) -> dict:
@@ -124,7 +132,7 @@ def idea_rows(group: list[dict]):
     (`tuning`), on which its settings are chosen; seconds."""
     lm, _, blocks = world(*(group[0][k] for k in WORLD))
     saes = saes_at(lm, blocks, group[0]["sae"])
-    halves = dict(told=blocks.valid[1::2], tuning=blocks.valid[0::2])
+    halves = _halves(blocks.valid)
     before = {half: losses_of(lm, saes, rows) for half, rows in halves.items()}
     for p in group:
         with changed(lm, saes, blocks.train, p) as (now, curve):
@@ -150,7 +158,8 @@ def rate_rows(group: list[dict]):
     # groups differ in the rows a step: the states of all are the same, their kernels are not
     own = dict(layers="after", recipe="fast", cached=True, fuse=False)
     with with_adapters(lm, saes, blocks.train, *(p | own for p in group)) as curves:
-        tuning = fidelities(lm, saes, blocks.valid[0::2], curves)
-        told = fidelities(lm, saes, blocks.valid[1::2], curves)
+        found = {
+            half: fidelities(lm, saes, rows, curves) for half, rows in _halves(blocks.valid).items()
+        }
     for name, curve in curves.items():
-        yield told[name] | _beside(tuning[name], curve, len(group))
+        yield found["told"][name] | _beside(found["tuning"][name], curve, len(group))

@@ -12,7 +12,7 @@ from typing import Callable
 
 from .arithmetic import Arithmetic, attention, prepared
 from .files import RATES, UsageError, in_range, one_of
-from .loop import DECAYS, OPTIMIZERS
+from .loop import DECAYS, OPTIMIZERS, Descent
 from .objective import distill_each, published_each
 
 # %% ../nbs/39_recipes.ipynb #eab4857b
@@ -77,7 +77,7 @@ def settings_of(recipe: str, changes: dict) -> dict:
     for name, ends in RANGES.items():
         in_range(name, settings[name], *ends)
     one_of("decay", settings["decay"], DECAYS)
-    one_of("optimizer", settings.get("optimizer", "adamw"), OPTIMIZERS)
+    one_of("optimizer", settings.get("optimizer", Descent.optimizer), OPTIMIZERS)
     return settings
 
 # %% ../nbs/39_recipes.ipynb #4e44cb5a

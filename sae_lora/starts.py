@@ -18,7 +18,7 @@ from .hidden import hidden, watched
 from .lm import head, on_device
 from .lora import lora_parameters
 from .objective import distill
-from .splice import splice
+from .splice import replaceable, splice
 from .text import model_inputs
 
 # %% ../nbs/66_starts.ipynb #95453828
@@ -30,16 +30,14 @@ def _adapted(lm) -> dict[str, nn.Module]:
 # %% ../nbs/66_starts.ipynb #f1d5107d
 @torch.no_grad()
 def _read(lm, batch: dict) -> dict[str, Tensor]:
-    "What each adapted linear reads in a pass, `(positions, width)`; no padding."
-    found, real = {}, slice(None)
-    if "attention_mask" in batch:
-        real = batch["attention_mask"].bool()
+    "What each adapted linear reads in a pass where a splice replaces, `(positions, width)`."
+    found, where = {}, replaceable(lm, batch)
     with ExitStack() as hooks:
         for name, linear in _adapted(lm).items():
             keep = partial(found.__setitem__, name)
             hooks.enter_context(watched(Place(linear, before=True), keep))
         hidden(lm, batch, "final")
-    return {name: x[real].flatten(0, -2).float() for name, x in found.items()}
+    return {name: x[where].float() for name, x in found.items()}
 
 # %% ../nbs/66_starts.ipynb #104b5570
 def _inputs(lm, saes: dict, batch: dict) -> dict[str, Tensor]:

@@ -92,7 +92,8 @@ def fit_linear(
 
     If it is `beside` the adapter of `lm`, that is trained with it. Gives the SAEs with their maps,
     to be spliced like any others, and the curve. `options` as for `fit_lora`."""
-    seed, adapter = options.get("seed", 0), trainable_lora(lm) if beside else {}
+    adapter = trainable_lora(lm) if beside else {}
+    seed = options.get("seed", 0)
     mapped = {i: LinearAdapter(sae, rank, seed) for i, sae in check_saes(lm, saes).items()}
     mapped = check_saes(lm, mapped)  # on the device of each layer
     params = adapter | _of_saes(mapped, ("A", "B"))

@@ -75,6 +75,17 @@ def test_the_mean_is_over_the_share_of_the_run_that_is_asked_for():
         torch.testing.assert_close(p, mean[n])
 
 
+def test_padding_does_not_make_a_row_hard_or_easy():
+    lm, saes = tiny("llama"), {1: random_sae()}
+    padded = torch.cat([ROWS, torch.full((len(ROWS), 9), -1)], 1)
+    assert torch.equal(hardest(lm, saes, padded)[:, :16], hardest(lm, saes, ROWS))
+
+
+def test_an_adapter_is_averaged_whatever_is_trained_beside_it():
+    both = adapter(beside=True, average=0.5)
+    assert not same(both, adapter(beside=True)) and not same(both, adapter(average=0.5))
+
+
 def test_hard_rows_are_those_that_the_splice_costs_most():
     lm, saes = tiny("llama"), {1: random_sae()}
     cost = token_losses(lm, saes, ROWS)["kl"]["spliced"].mean(1)

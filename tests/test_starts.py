@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import random_sae, tiny
-from worlds import ROWS
+from worlds import BOS, EOS, ROWS
 
 from sae_lora.files import UsageError
 from sae_lora.hidden import hidden
@@ -16,11 +16,11 @@ from sae_lora.starts import STARTS, start_at
 from sae_lora.text import model_inputs
 
 
-def begun(architecture: str, start: str):
+def begun(architecture: str, start: str, rows: torch.Tensor = ROWS):
     "A tiny model with an adapter of rank 3, begun; its SAEs."
     lm, saes = tiny(architecture), {1: random_sae()}
     add_lora(lm, saes, rank=3)
-    start_at(lm, saes, ROWS, start)
+    start_at(lm, saes, rows, start)
     return lm, saes
 
 
@@ -53,15 +53,22 @@ def spanned(lm, name: str) -> torch.Tensor:
     return rows.T @ rows
 
 
-def test_inputs_and_error_are_those_of_the_linear():
-    batch, site = model_inputs(ROWS), Site(2, "mlp.hook_in")
+@pytest.mark.parametrize("special", [None, BOS, EOS])
+def test_inputs_and_error_are_those_of_the_linear_where_the_splice_replaces(special):
+    rows = ROWS.clone()
+    replaced = torch.ones_like(rows, dtype=torch.bool)
+    replaced[:, 0] = False
+    if special is not None:  # a row that begins with a BOS; documents parted in the middle of one
+        at = 0 if special == BOS else 7
+        rows[:, at], replaced[:, at] = special, False
+    batch, site = model_inputs(rows), Site(2, "mlp.hook_in")
     for start in ("inputs", "error"):
-        lm, saes = begun("llama", start)
+        lm, saes = begun("llama", start, rows)
         (name,) = [n for n in linears(lm, 2, ["mlp"]) if "up_proj" in n]
         with splice(lm, saes):
             x = hidden(lm, batch, site)
         x = x - hidden(lm, batch, site) if start == "error" else x
-        expected = leading(x.detach().flatten(0, 1))
+        expected = leading(x.detach()[replaced])
         torch.testing.assert_close(spanned(lm, name), expected, atol=1e-3, rtol=0)
 
 
