@@ -108,16 +108,19 @@ def test_running_out_while_moving_is_told_too(saved, monkeypatch):
 def test_rows_may_lie_elsewhere():
     "A model on a device of which nothing is computed: what comes in has to be there."
     lm, batch = tiny("llama").to("meta"), {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    entered = []
 
-    def entered(module_, args, kwargs):
-        raise _Reached(kwargs["attention_mask"])
+    def enters(module_, args, kwargs):
+        entered.extend(kwargs[name].device.type for name in batch)
+        raise _Reached
 
-    lm.register_forward_pre_hook(entered, with_kwargs=True)
-    assert device_of(lm).type == "meta" and {
-        x.device.type for x in on_device(lm, batch).values()
-    } == {"meta"}
+    assert device_of(lm).type == "meta"
+    assert {x.device.type for x in on_device(lm, batch).values()} == {"meta"}
+    lm.register_forward_pre_hook(enters, with_kwargs=True)
     for layer in (-1, 1, "final"):
-        assert hidden(lm, batch, layer).device.type == "meta"
+        with pytest.raises(RuntimeError, match="was never reached"):
+            hidden(lm, batch, layer)
+    assert entered == ["meta"] * 6
 
 
 @pytest.mark.parametrize("name", ["llama", "phi", "gemma2"])
