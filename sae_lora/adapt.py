@@ -18,6 +18,7 @@ from .fit import check_fit
 from .formats import load_sae
 from .lm import load_lm
 from .lora import add_lora
+from .metrics import token_losses
 from .processes import leads, processes
 from .recipes import check_budget, recipe_of
 from .report import check_length, held_out, report, run_folder, write_report
@@ -68,13 +69,16 @@ def ready(
 
 # %% ../nbs/81_adapt.ipynb #32129414
 CHECKED = 1024  # tokens that the short check looks at
-SPARE = 60.0  # seconds that measuring may take before it shortens the training
+SPARE = 80.0  # seconds that check and measuring may take before they shorten the training
 
 # %% ../nbs/81_adapt.ipynb #bbfad86b
 def budget(found: dict, minutes: float, valid_tokens: int) -> int:
-    "Tokens to train on in `minutes`, less what measuring on `valid_tokens` takes over a minute."
-    measuring = 1.4 * valid_tokens * found["evaluate_seconds_per_token"]  # passages to show too
-    return tokens_in(found, 60 * minutes - max(measuring - SPARE, 0))
+    """Tokens to train on in `minutes`.
+
+    What the check took, and measuring on `valid_tokens` will take, over `SPARE` is taken off."""
+    measuring = valid_tokens * found["evaluate_seconds_per_token"]
+    beside = found["check_seconds"] + measuring
+    return tokens_in(found, 60 * minutes - max(beside - SPARE, 0))
 
 # %% ../nbs/81_adapt.ipynb #6a095821
 def short_check(
@@ -161,8 +165,10 @@ def _first_only():
 # %% ../nbs/81_adapt.ipynb #feb6aa69
 def _carry_out(
     out: Path, parts: Ready, adapter: dict, training: dict, asked: dict, found: dict, spread: bool
-) -> dict:
-    "Train, measure and save; the report, which repeats what was `asked` and the check `found`."
+) -> tuple[dict, dict]:
+    """Train, measure and save; the losses measured, and the report.
+
+    That repeats what was `asked` and what the check `found`."""
     text, tokens = asked["trained_on"], asked["tokens"]
     length = parts.blocks.valid.shape[-1]
     some = token_blocks(text, parts.tok, length, max(tokens, length), 0, cut=asked["cut"])
@@ -170,19 +176,21 @@ def _carry_out(
     if not spread:
         _first_only()
     about = asked | dict(tokens=curve[-1]["tokens"], **_pace(curve), check=found)
-    r = report(parts.lm, parts.saes, parts.blocks, training["keep"], **about)
+    measured = token_losses(parts.lm, parts.saes, parts.blocks.valid, training["keep"])
+    r = report(parts.lm, parts.saes, parts.blocks, measured, training["keep"], **about)
     _first_only()
     _save(out, parts, curve, r)
-    return r
+    return measured, r
 
 # %% ../nbs/81_adapt.ipynb #6f512260
 class AdaptedRun(NamedTuple):
-    "What `run_adapt` gives: the adapted model, its tokenizer, SAEs, rows measured on, the report."
+    "What `run_adapt` gives: the adapted model, and what was measured on the rows `blocks.valid`."
 
     lm: object
     tok: object
     saes: dict
     blocks: Blocks
+    measured: dict  # as `token_losses` gives it
     report: dict
 
 # %% ../nbs/81_adapt.ipynb #065ebdf3
@@ -227,5 +235,5 @@ def run_adapt(  # noqa: PLR0913, the options of a command
         _announce(out, found, told)
         asked = dict(trained_on=text, cut=cut, tokens=found["asked_tokens"], seed=seed)
         asked |= dict(recipe=recipe, rank=rank, layers=str(layers), changes=changes)
-        r = _carry_out(out, parts, adapter, training, asked, found, spread)
-    return AdaptedRun(*parts, r)
+        made = _carry_out(out, parts, adapter, training, asked, found, spread)
+    return AdaptedRun(*parts, *made)

@@ -228,7 +228,9 @@ def preflight(
     ways = beginning_losses(lm, tok, rows[:8])
     r, pace = _trial(lm, saes, rows, adapter, training, steps)
     pace["evaluate_seconds_per_token"] += looking / rows.numel()
-    used = dict(peak_memory_bytes=peak_memory(device_of(lm)))
+    used = dict(
+        check_seconds=time.perf_counter() - began, peak_memory_bytes=peak_memory(device_of(lm))
+    )
     return _setting(lm, rows) | _losses_of(r, ways) | dict(saes=own) | pace | used
 
 # %% ../nbs/78_check.ipynb #34a3db2d

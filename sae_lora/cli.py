@@ -186,7 +186,7 @@ def demo(
     settings |= dict(text="default", cut=0.0, resume=resume, force=force)
     run = run_adapt(out, **settings, told=_promise)
     if not as_json:
-        for stretch in stretches(run.lm, run.saes, run.blocks.valid[:8]):
+        for stretch in stretches(run.blocks.valid, run.measured):
             shaded(run.tok, Console(), **stretch)
     _say(run.report, as_json)
 

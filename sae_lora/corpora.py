@@ -14,7 +14,7 @@ import lzma
 from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
 from itertools import chain, cycle
-from multiprocessing import current_process
+from multiprocessing import current_process, get_start_method
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -70,10 +70,16 @@ def _package_docs(package: str) -> list[str]:
     "All docstrings of an installed package, in the order of its files."
     return list(chain.from_iterable(package_docstrings(package)))
 
+# %% ../nbs/05_corpora.ipynb #ae2885dc
+def _may_share() -> bool:
+    "Whether child processes may read: not those of a worker, nor what a notebook alone defines."
+    unknown = _package_docs.__module__ == "__main__" and get_start_method() != "fork"
+    return not (current_process().daemon or unknown)
+
 # %% ../nbs/05_corpora.ipynb #18fd8490
 def _read_docs() -> list[str]:
     "All docstrings of the packages in `DOCS`, without repeats, in the order of their hashes."
-    if current_process().daemon:  # as workers of a cluster are: it may have no children
+    if not _may_share():
         found = map(_package_docs, DOCS)
     else:
         with ProcessPoolExecutor(2) as pool:

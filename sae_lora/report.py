@@ -25,7 +25,7 @@ from .devices import peak_memory
 from .documents import EMBEDDED_TEXTS
 from .files import STATE, UsageError, free_folder, held, written
 from .lm import device_of
-from .metrics import fidelity, sparsity, token_losses
+from .metrics import fidelity_of, sparsity, token_losses
 from .model_card import won_back
 from .processes import leads
 from .sae import fingerprint
@@ -90,9 +90,11 @@ def _text_of(blocks: Blocks, keep: str) -> dict:
     return dict(text=blocks.source, text_hash=blocks.hash, length=length, keep=keep)
 
 # %% ../nbs/79_report.ipynb #d9f77a85
-def report(lm, saes: dict, blocks: Blocks, keep: str = "special", **about) -> dict:
-    "Measure the four models and the SAEs on the validation rows of `blocks`; `about` is added."
-    r = fidelity(lm, saes, blocks.valid, keep)
+def report(lm, saes: dict, blocks: Blocks, measured: dict, keep: str = "special", **about) -> dict:
+    """What `token_losses` measured on the validation rows of `blocks`, and the SAEs there.
+
+    `about` is added."""
+    r = fidelity_of(measured)
     own = [_of_sae(lm, sae, i, blocks, keep) for i, sae in saes.items()]
     what = dict(model=lm.name_or_path, saes=own) | _text_of(blocks, keep)
     losses = dict(valid_tokens=r.pop("tokens")) | r
@@ -120,11 +122,12 @@ def sentence(r: dict) -> str:
     return f"Splicing {what} costs {_cost(r)} on {text}; {won_back(r)}."
 
 # %% ../nbs/79_report.ipynb #0ef5a192
-def stretches(lm, saes: dict, rows: Tensor, n: int = 3, width: int = 48) -> list[dict]:
+def stretches(rows: Tensor, measured: dict, n: int = 3, width: int = 48) -> list[dict]:
     """The `n` stretches of `rows` whose loss the adapter lowered most.
 
-    Each has `ids` of tokens and their losses in nats, `spliced` and `adapted`: all `(width,)`."""
-    ce = token_losses(lm, saes, rows)["ce"]
+    `measured` is what `token_losses` gave on `rows`. Each stretch has `ids` of tokens and their
+    losses in nats, `spliced` and `adapted`: all `(width,)`."""
+    ce = measured["ce"]
     gain = (ce["spliced"] - ce["adapted"]).unfold(1, width, width).sum(-1)
     found = []
     for at in gain.flatten().topk(n).indices.tolist():
@@ -198,4 +201,6 @@ def measure_again(folder: Path, text: str, valid_tokens: int, device=None) -> di
     trained_on = was.get("trained_on", was["text"])
     blocks = held_out(text, trained_on, run.tok, was["length"], valid_tokens)
     about = {name: was.get(name) for name in _TRAINING}
-    return dict(command="evaluate") | report(run.lm, run.saes, blocks, was["keep"], **about)
+    measured = token_losses(run.lm, run.saes, blocks.valid, was["keep"])
+    again = report(run.lm, run.saes, blocks, measured, was["keep"], **about)
+    return dict(command="evaluate") | again

@@ -1097,6 +1097,7 @@ CLOCK = {
     "first_step_seconds",
     "step_seconds",
     "evaluate_seconds",
+    "check_seconds",
     "evaluate_seconds_per_token",
     "peak_memory_bytes",
     "memory_bytes",
@@ -1292,7 +1293,8 @@ def demo(device, dtype):
     said = StringIO()
     api.show(report, Console(file=said))
     lm, tok, saes = adapted(device, dtype)
-    for found in api.stretches(lm, saes, blocks().valid, width=5):
+    rows = blocks().valid
+    for found in api.stretches(rows, api.token_losses(lm, saes, rows), width=5):
         api.shaded(tok, Console(file=said), **found)
     assert "closed" in said.getvalue() and "spliced → adapted" in said.getvalue()
     return report

@@ -50,6 +50,16 @@ def test_a_worker_reads_text_without_children(tmp_path):
     assert worker.exitcode == 0 and int((tmp_path / "n").read_text()) > 10
 
 
+def test_what_a_notebook_defines_is_read_by_one_process(monkeypatch):
+    "Processes that are not forked could not find it."
+    monkeypatch.setattr(corpora._package_docs, "__module__", "__main__")
+    may = {}
+    for way in ("fork", "spawn"):
+        monkeypatch.setattr(corpora, "get_start_method", lambda way=way: way)
+        may[way] = corpora._may_share()
+    assert may == dict(fork=True, spawn=False)
+
+
 def client(workers: int, n: int, seconds: float) -> subprocess.Popen:
     "A process that asks for `n` rows."
     command = [sys.executable, CLIENT, *map(str, (workers, n, seconds))]

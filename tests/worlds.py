@@ -114,6 +114,7 @@ GOOD = dict(
     saes=[dict(layer=3, l0=30.0, promised_l0=32.0, fvu=0.2)],
     step_tokens=512,
     step_seconds=2.0,
+    check_seconds=30.0,
     evaluate_seconds_per_token=0.01,
     state_bytes=100,
     peak_memory_bytes=2 * 10**9,
