@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .adapters import save_adapter
+from .adapters import save_adapter, saved_along
 from .check import expected, preflight, step_rows, tokens_in, warnings_of
 from .files import STATE, UsageError, room, written
 from .fit import check_fit
@@ -112,9 +112,9 @@ def _check_asked(tokens: int | None, length: int, training: dict):
         check_budget(tokens, step_rows(training), length)
 
 # %% ../nbs/81_adapt.ipynb #a00e2b14
-def _announce(out: Path, found: dict, told):
+def _announce(out: Path, saes: dict, found: dict, told):
     "Raise `UsageError` where the disk of `out` has no room for the run; else tell what was found."
-    room(out, 3 * found["state_bytes"])
+    room(out, 3 * found["state_bytes"] + saved_along(saes))
     if told and leads():
         told(found)
 
@@ -232,7 +232,7 @@ def run_adapt(  # noqa: PLR0913, the options of a command
         adapter = dict(rank=rank, layers=layers, seed=seed, **recipe_of(recipe).adapter)
         training = dict(recipe=recipe, seed=seed, keep=keep, **changes)
         found = short_check(parts, adapter, training, tokens, minutes)
-        _announce(out, found, told)
+        _announce(out, parts.saes, found, told)
         asked = dict(trained_on=text, cut=cut, tokens=found["asked_tokens"], seed=seed)
         asked |= dict(recipe=recipe, rank=rank, layers=str(layers), changes=changes)
         made = _carry_out(out, parts, adapter, training, asked, found, spread)

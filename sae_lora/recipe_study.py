@@ -22,11 +22,10 @@ from .variants import fit_linear
 from .ways import losses_of
 
 # %% ../nbs/67_recipe_study.ipynb #0ef0955f
-def _scales(lm, times_b: float) -> dict[str, float]:
-    "Learning rates of the B matrices, as multiples of the others'."
-    if times_b == 1:
-        return {}
-    return {n: times_b for n in lora_parameters(lm) if "lora_B" in n}
+def _scales(lm, changes: dict) -> dict[str, float]:
+    "Learning rates of the matrices as multiples of the run's, taken out of `changes`."
+    times = {x: changes.pop(f"times_{x.lower()}", 1.0) for x in "AB"}
+    return {n: times.get(n.partition("lora_")[2][0], 1.0) for n in lora_parameters(lm)}
 
 # %% ../nbs/67_recipe_study.ipynb #7097bcfc
 @torch.no_grad()
@@ -63,7 +62,7 @@ def _learned(lm, saes: dict, rows: Tensor, p: dict, changes: dict) -> tuple[dict
     "Train the adapter of `lm` with some changes: the SAEs that belong to it, and the curve."
     if changes.pop("hard", False):
         rows = _drawn_hard(lm, saes, rows, p)
-    scales = _scales(lm, changes.pop("times_b", 1.0))
+    scales = _scales(lm, changes)
     options = dict(tokens=p["tokens"], seed=p["seed"], scales=scales) | changes
     if options.pop("beside", False):
         return fit_linear(lm, saes, rows, rank=p["rank"], beside=True, **options)

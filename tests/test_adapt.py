@@ -8,7 +8,7 @@ from conftest import random_sae, tiny
 from worlds import AFTER_EOS, GOOD, tokenizer
 
 from sae_lora import adapt, sae_run
-from sae_lora.adapters import save_adapter
+from sae_lora.adapters import save_adapter, saved_along
 from sae_lora.lora import add_lora
 from sae_lora.metrics import fidelity
 from sae_lora.model_card import no_share, won_back
@@ -26,6 +26,13 @@ def test_what_check_and_measuring_take_over_80_seconds_training_gives_up():
     assert adapt.budget(GOOD, 3, 4096) == 90 * 512  # 30 s of check, 41 s of measuring
     assert adapt.budget(GOOD, 3, 8192) == 74 * 512  # 30 and 82 s
     assert adapt.budget(GOOD, 0.01, 8192) == 2**13
+
+
+def test_the_disk_has_room_for_saes_that_go_along(monkeypatch, tmp_path):
+    saes, needs = {1: random_sae()}, []
+    monkeypatch.setattr(adapt, "room", lambda folder, need: needs.append(need))
+    adapt._announce(tmp_path, saes, dict(state_bytes=100), told=None)
+    assert saved_along(saes) > 0 and needs == [300 + saved_along(saes)]
 
 
 def test_both_shares_are_told():

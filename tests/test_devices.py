@@ -24,6 +24,7 @@ MODES = ("float32", "bfloat16")
 NO_TENSORS = {
     "adapt.AdaptedRun": "a record",
     "adapt.Ready": "a record",
+    "adapters.saved_along": "counts bytes",
     "arithmetic.Arithmetic": "a record",
     "arithmetic.fused": "makes a kernel, in test_arithmetic and test_gpu",
     "recipes.*": "records and numbers",

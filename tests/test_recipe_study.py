@@ -33,6 +33,7 @@ def same(a: dict, b: dict) -> bool:
         dict(lr=2e-3),
         dict(decay="constant"),
         dict(alpha=4),
+        dict(times_a=0.0),
         dict(times_b=4.0),
         dict(optimizer="muon"),
         dict(start="inputs"),
@@ -49,6 +50,14 @@ def test_a_setting_is_changed(changes):
 
 def test_nothing_changed_is_the_recipe():
     assert same(adapter(), adapter(times_b=1.0)) and same(adapter(), adapter(alpha=2))
+
+
+def test_a_matrix_without_a_rate_stays_as_it_begins():
+    lm = tiny("llama")
+    add_lora(lm, {1: random_sae()}, rank=2, seed=0)
+    began, found = lora_parameters(lm), adapter(times_a=0.0)
+    for n, p in found.items():
+        assert torch.equal(p, began[n]) == ("lora_A" in n)
 
 
 def test_what_is_trained_beside_the_adapter_goes_with_it():
