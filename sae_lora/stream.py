@@ -51,10 +51,13 @@ def _home(device: torch.device, size: int) -> torch.device:
 class Stream:
     """Hidden states of `lm` on `rows` at sites that are read and `written`, mixed in a buffer.
 
-    The buffer holds at most `size` positions. `at` lists the sites, ascending."""
+    The buffer holds at most `size` positions. `at` lists the sites, ascending. Where `wanted` says
+    how many positions will be taken, the model does not run for many more."""
 
-    def __init__(self, lm, rows: Tensor, at: list, written: list, size: int, seed: int = 0):
-        self.lm, self.at = lm, at
+    def __init__(
+        self, lm, rows: Tensor, at: list, written: list, size: int, seed: int = 0, wanted=2**62
+    ):
+        self.lm, self.at, self.left = lm, at, torch.tensor(wanted)
         self.checked = [at.index(site) for site in written]
         widths, device = [width_at(lm, site) for site in at], device_of(lm)
         length = rows.shape[-1]
@@ -68,6 +71,7 @@ class Stream:
     def state(self) -> dict[str, Tensor]:
         "All that changes, for a checkpoint to hold and put back."
         own = dict(limits=self.limits, seconds=self.seconds, positions=self.positions)
+        own |= dict(left=self.left)
         return own | dict(row=self.rows.row, passes=self.rows.passes) | self.buffer.state()
 
     def told(self) -> dict:
@@ -82,6 +86,7 @@ class Stream:
         while _wants_more(self, n):
             _refill(self)
         device, found = device_of(self.lm), self.buffer.take(n)
+        self.left -= n
         return {site: x.to(device) for site, x in zip(self.at, found)}
 
 # %% ../nbs/46_stream.ipynb #9cb1cc5e
@@ -105,9 +110,9 @@ def _usual(norms: list[Tensor], limits: Tensor) -> Tensor:
 
 # %% ../nbs/46_stream.ipynb #fea3fca2
 def _top_up(stream: Stream):
-    "Run the model until the buffer has no room for another batch of rows, or the pass is over."
+    "Run the model until the buffer has all that will be taken, or is full, or the pass is over."
     buffer, rows = stream.buffer, stream.rows
-    while buffer.room() >= stream.batch_tokens and not rows.over():
+    while buffer.room() >= stream.batch_tokens and len(buffer) < stream.left and not rows.over():
         found = replaceable_states(stream.lm, rows.next(), stream.at, "special", stream.how)
         every = torch.arange(len(found[0]))
         norms = [_norms(found[i], every) for i in stream.checked]
@@ -209,7 +214,9 @@ def _learner(lm, spec: _Spec, seed: int, given: StreamOptions) -> Learner:
     return Learner(sae.to(device_of(lm)), given.dead_after)
 
 # %% ../nbs/46_stream.ipynb #bb7dc15b
-def _stream(lm, rows: Tensor, specs: list[_Spec], size: int, batch: int, seed: int) -> Stream:
+def _stream(
+    lm, rows: Tensor, specs: list[_Spec], size: int, batch: int, tokens: int, seed: int
+) -> Stream:
     """The stream for `specs`, with a buffer of `size`, or of all positions where those are fewer.
 
     Raises `UsageError` where half a buffer is less than a batch or a row."""
@@ -219,7 +226,7 @@ def _stream(lm, rows: Tensor, specs: list[_Spec], size: int, batch: int, seed: i
     size = min(size, max(len(rows) * rows.shape[-1] + batch, least))
     at = sorted({site for spec in specs for site in spec.ends()})
     written = sorted({spec.ends()[-1] for spec in specs})
-    return Stream(lm, rows, at, written, size, seed)
+    return Stream(lm, rows, at, written, size, seed, wanted=tokens // batch * batch)
 
 # %% ../nbs/46_stream.ipynb #a6538a7d
 def _begin(stream: Stream, specs: list[_Spec], learners: list[Learner], n: int):
@@ -296,7 +303,7 @@ def fit_stream(
     given, told = StreamOptions(**options), _specs(specs)
     for spec in told:
         check_training(tokens, spec.width, spec.k, lr, batch, seed)
-    stream = _stream(lm, rows, told, given.buffer, batch, seed)
+    stream = _stream(lm, rows, told, given.buffer, batch, tokens, seed)
     learners = [_learner(lm, spec, seed, given) for spec in told]
     run = dict(tokens=tokens, lr=lr, batch=batch, seed=seed, buffer=given.buffer)
     run |= _sources(lm, rows) | dict(specs=[str(spec) for spec in told])

@@ -192,6 +192,17 @@ def test_a_large_buffer_is_as_good_as_gathering():
     assert 0 < curve[-1]["model_seconds"] < curve[-1]["seconds"]
 
 
+def test_the_model_does_not_run_for_more_than_is_taken():
+    lm, rows = tiny("llama"), some_rows(40)
+    given = dict(batch=32, buffer=640)
+    passes = {}
+    for tokens in (128, 608, 640):  # of 600 positions
+        ((_, curve),) = fit_stream(lm, rows, [dict(site=1, width=32, k=4)], tokens, **given)
+        passes[tokens] = curve[-1]["passes"]
+        assert curve[-1]["positions"] == min(tokens, 600)
+    assert passes == {128: 0.4, 608: 1.2, 640: 1.2}  # eight rows at a time
+
+
 def test_what_is_not_yet_seen_is_not_counted():
     lm, rows = tiny("llama"), some_rows()
     told = []
