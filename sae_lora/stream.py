@@ -57,7 +57,7 @@ class Stream:
     def __init__(
         self, lm, rows: Tensor, at: list, written: list, size: int, seed: int = 0, wanted=2**62
     ):
-        self.lm, self.at, self.left = lm, at, torch.tensor(wanted)
+        self.lm, self.at = lm, at
         self.checked = [at.index(site) for site in written]
         widths, device = [width_at(lm, site) for site in at], device_of(lm)
         length = rows.shape[-1]
@@ -66,7 +66,7 @@ class Stream:
         self.buffer = Buffer(size, widths, _home(device, 2 * size * sum(widths)), seed)
         self.limits = torch.full((len(self.checked),), torch.inf)
         self.positions, self.how = torch.zeros((), dtype=torch.long), arithmetic(device)
-        self.seconds = torch.zeros((), dtype=torch.float64)
+        self.left, self.seconds = torch.tensor(wanted), torch.zeros((), dtype=torch.float64)
 
     def state(self) -> dict[str, Tensor]:
         "All that changes, for a checkpoint to hold and put back."

@@ -287,6 +287,12 @@ FEW = {
         seeds=[0],
         coder=dict(width=64, k=8, tokens=2048, transcoder=True, skip=True, stream=True),
     ),
+    "18_more_from_each_token": dict(
+        tokens=256,
+        rank=2,
+        ideas={"fast": [{}], "Muon": [{"optimizer": "muon"}], "hard rows": [{"hard": True}]},
+        again=["fast"],
+    ),
 }
 
 
