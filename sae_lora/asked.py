@@ -81,7 +81,7 @@ def _way(p: dict, places: list[SAESize]) -> dict:
 def trained_by(p: dict, places: list[SAESize]) -> dict | None:
     "What a run trains: `layers, rank, recipe, tokens, batch`; `None` where it trains nothing."
     idle = p.get("method") in ("SAE alone", "no SAE") or not p.get("tokens")
-    if idle or p.get("what", "batch") not in ("batch", "time_to_loss"):
+    if idle or p.get("what", "batch") not in ("batch", "idea", "time_to_loss"):
         return None
     own = dict(layers="after", recipe="fast", rank=p.get("adapter_rank", 0))
     given = p | p.get("changes", {}) | _way(p, places)
