@@ -51,12 +51,10 @@ def _home(device: torch.device, size: int) -> torch.device:
 class Stream:
     """Hidden states of `lm` on `rows` at sites that are read and `written`, mixed in a buffer.
 
-    The buffer holds at most `size` positions. `at` lists the sites, ascending. Where `wanted` says
-    how many positions will be taken, the model does not run for many more."""
+    The buffer holds at most `size` positions. `at` lists the sites, ascending. `left` is how
+    many positions will still be taken; the model does not run for many more."""
 
-    def __init__(
-        self, lm, rows: Tensor, at: list, written: list, size: int, seed: int = 0, wanted=2**62
-    ):
+    def __init__(self, lm, rows: Tensor, at: list, written: list, size: int, seed: int = 0):
         self.lm, self.at = lm, at
         self.checked = [at.index(site) for site in written]
         widths, device = [width_at(lm, site) for site in at], device_of(lm)
@@ -66,12 +64,12 @@ class Stream:
         self.buffer = Buffer(size, widths, _home(device, 2 * size * sum(widths)), seed)
         self.limits = torch.full((len(self.checked),), torch.inf)
         self.positions, self.how = torch.zeros((), dtype=torch.long), arithmetic(device)
-        self.left, self.seconds = torch.tensor(wanted), torch.zeros((), dtype=torch.float64)
+        self.left, self.seconds = torch.tensor(2**62), torch.zeros((), dtype=torch.float64)
 
     def state(self) -> dict[str, Tensor]:
         "All that changes, for a checkpoint to hold and put back."
         own = dict(limits=self.limits, seconds=self.seconds, positions=self.positions)
-        own |= dict(left=self.left)
+        own["left"] = self.left
         return own | dict(row=self.rows.row, passes=self.rows.passes) | self.buffer.state()
 
     def told(self) -> dict:
@@ -226,7 +224,9 @@ def _stream(
     size = min(size, max(len(rows) * rows.shape[-1] + batch, least))
     at = sorted({site for spec in specs for site in spec.ends()})
     written = sorted({spec.ends()[-1] for spec in specs})
-    return Stream(lm, rows, at, written, size, seed, wanted=tokens // batch * batch)
+    stream = Stream(lm, rows, at, written, size, seed)
+    stream.left.fill_(tokens // batch * batch)
+    return stream
 
 # %% ../nbs/46_stream.ipynb #a6538a7d
 def _begin(stream: Stream, specs: list[_Spec], learners: list[Learner], n: int):
