@@ -69,7 +69,7 @@ def ready(
 
 # %% ../nbs/81_adapt.ipynb #32129414
 CHECKED = 1024  # tokens that the short check looks at
-SPARE = 80.0  # seconds that check and measuring may take before they shorten the training
+SPARE = 60.0  # seconds that check and measuring may take before they shorten the training
 
 # %% ../nbs/81_adapt.ipynb #bbfad86b
 def budget(found: dict, minutes: float, valid_tokens: int) -> int:

@@ -23,12 +23,13 @@ from .lm import decoder_blocks, sharded
 # %% ../nbs/34_arithmetic.ipynb #c4629933
 @lru_cache
 def bf16_pays(device: str = "cpu") -> bool:
-    "Whether this machine has instructions that multiply bfloat16 matrices."
+    "Whether this machine multiplies matrices faster in bfloat16, by what its hardware has."
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     # elsewhere float32 is the safe choice
-    known = torch.cpu.get_capabilities() if device == "cpu" else {}
-    return any(map(known.get, ("amx_bf16", "avx512_bf16", "bf16")))
+    has = torch.cpu.get_capabilities() if device == "cpu" else {}
+    dots = has.get("avx512_bf16") and not has.get("cpu_name", "").startswith("Intel")
+    return bool(dots or has.get("amx_bf16") or has.get("bf16"))
 
 # %% ../nbs/34_arithmetic.ipynb #825ae9eb
 @dataclass(frozen=True)
