@@ -51,6 +51,7 @@ NO_TENSORS = {
     "corpora.*": "text",
     "pretrained.*": "loads on the CPU, and checks there",
     "plots.*": "tables in, figures out",
+    "phones.*": "figures and pages",
     "results.*": "rows of numbers in a file",
     "verdicts.*": "numbers, and words",
     "metrics.Estimate": "a number",

@@ -57,13 +57,28 @@ def test_experiments_at_a_glance(site, root):
         if not (root / "nbs" / "experiments" / path.name).exists():
             continue
         assert (
-            (site / "pages" / "figures" / f"{path.stem}.png").exists()
+            (site / "pages" / "experiments_files").exists()
             and f"{path.stem}.png" in page
             and f"{path.stem}.html" in page
         ), path.stem
         sections = page[page.index("</table>", page.index("<main")) :]  # below the table of claims
         part = sections[sections.index(f'{path.stem}.html"') :]
         assert "<blockquote" in part and "<li>" in part[: part.find("<h2", 10)], path.stem
+
+
+def test_figures_of_experiments_have_pictures_for_phones(site, root):
+    "One beside each, narrower, and a browser may choose."
+    for path in (root / "nbs" / "results").glob("*.ipynb"):
+        if not (root / "nbs" / "experiments" / path.name).exists():
+            continue
+        pictures = re.findall(
+            r'<picture><source media="\(max-width: 600px\)" srcset="(.*?)">(<img.*?>)</picture>',
+            (site / "nbs" / "experiments" / f"{path.stem}.html").read_text(),
+        )
+        assert pictures, path.stem
+        for narrow, image in pictures:
+            assert narrow.replace(".phone", "") in image and "alt=" in image
+            assert (site / "nbs" / "experiments" / narrow).exists()
 
 
 def test_no_dead_links(site):
