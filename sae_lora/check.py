@@ -143,20 +143,12 @@ def step_rows(training: dict) -> int:
     batch = training.get("batch", own)
     return batch if isinstance(batch, int) else own
 
-# %% ../nbs/79_check.ipynb #8665addc
-def _same_random_numbers(device: torch.device):
-    "A context after which random numbers go on as if nothing inside had drawn any."
-    if device.type == "cpu":
-        return torch.random.fork_rng(devices=[])
-    return torch.random.fork_rng(devices=[device.index or 0], device_type=device.type)
-
 # %% ../nbs/79_check.ipynb #7e274cba
 def timed_steps(lm, saes: dict, rows: Tensor, training: dict, steps: int = 4) -> list[float]:
     "Seconds of each of `steps` (2 or more) training steps on `rows`; the first has one-time costs."
     batch = step_rows(training)
     tokens = steps * batch * rows.shape[-1]
-    with _same_random_numbers(device_of(lm)):
-        curve = fit_lora(lm, saes, rows, tokens, **training | dict(batch=batch, fuse=False))
+    curve = fit_lora(lm, saes, rows, tokens, **training | dict(batch=batch, fuse=False))
     ends = [0.0, *(row["seconds"] for row in curve)]
     return [end - start for start, end in zip(ends, ends[1:])]
 

@@ -125,14 +125,16 @@ def shares_over_seeds(model: str) -> tuple[Estimate, Estimate]:
 
 
 def size_found() -> Finding:
-    "E7: the paper's share at every size of model."
-    names = sorted({r["parameters"]["model"] for r in committed_rows("05_model_size")})
-    ce, kl = zip(*map(shares_over_seeds, names))
+    "E7: the paper's share at every size of model, where each had as many tokens."
+    rows = committed_rows("05_model_size", rank=64)
+    tokens = {r["parameters"]["model"]: r["parameters"]["tokens"] for r in rows}
+    ce, kl = zip(*map(shares_over_seeds, tokens))
     at_all = joint_verdict([more_than(share, 0.3) for share in ce])
-    verdict = at_all if len(names) > 1 else "not tested"
+    alike = len(tokens) > 1 and len(set(tokens.values())) == 1
     said = ["; ".join(map(percent, shares)) for shares in (ce, kl)]
-    over = f"{ce[0].seeds} adapter seeds, one SAE"
-    return Finding(*said, over, {"30 % or more at every size": verdict})
+    each = ", ".join(f"{m} with {n:,} tokens" for m, n in tokens.items())
+    over = f"{ce[0].seeds} adapter seeds, one SAE each: {each}"
+    return Finding(*said, over, {"30 % or more at every size": at_all if alike else "not tested"})
 
 # %% ../nbs/64_claims.ipynb #b3b147d5
 def one_layer_found() -> Finding:

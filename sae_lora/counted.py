@@ -152,12 +152,13 @@ def operations(shape: Shape, places: list[SAESize], group: Group) -> int:
     start = min([p.layer for p in places] + [on[0] - 1]) + 1
     prefix, later = _weights(shape.blocks[:start]), _weights(shape.blocks[start:])
     outputs, saes = shape.width * shape.vocabulary, sae_products(shape, places)
+    passed = sae_products(shape, [p for p in places if p.layer >= on[0]])  # by the gradient
     shared, again = (0, prefix) if group.recipe == "published" else (prefix, 0)
     student = again + later + _weights(shape.blocks[on[0] :]) + 2 * outputs
     students = 0
     for rank in group.ranks:
         students += student + 3 * lora_numbers(shape, places, group.layers, rank)
-        students += saes if rank else 3 * saes
+        students += saes + passed if rank else 3 * saes
     teacher = outputs + (0 if group.known else again + later)
     return 2 * ((0 if group.known else shared) + teacher + students)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['default_device', 'checked_device', 'default_dtype', 'peak_memory', 'memory_of', 'free_memory', 'weight_bytes',
-           'room_for']
+           'same_random_numbers', 'room_for']
 
 # %% ../nbs/10_devices.ipynb #fa7018de
 import math
@@ -119,6 +119,13 @@ def free_memory(device: torch.device) -> int | None:
 def weight_bytes(module: nn.Module) -> int:
     "Bytes of a module's weights."
     return sum(w.numel() * w.element_size() for w in [*module.parameters(), *module.buffers()])
+
+# %% ../nbs/10_devices.ipynb #150846bd
+def same_random_numbers(device: torch.device):
+    "A context after which random numbers go on as if nothing inside had drawn any."
+    if device.type == "cpu":
+        return torch.random.fork_rng(devices=[])
+    return torch.random.fork_rng(devices=[device.index or 0], device_type=device.type)
 
 # %% ../nbs/10_devices.ipynb #e68be627
 def _no_room(lm, device: torch.device, need: int, free: int | None) -> UsageError:

@@ -17,6 +17,7 @@ from torch import Tensor
 # %% ../nbs/40_train.ipynb #36fd0184
 from .arithmetic import Arithmetic, arithmetic, can_compile, compiled, fused
 from .checkpoint import Checkpoint
+from .devices import same_random_numbers
 from .files import SEEDS, UsageError, check_names, in_range, one_of
 from .lm import device_of, head, on_device, sharded
 from .loop import Descent, Watch, loop, order
@@ -246,10 +247,11 @@ def fit_kl(
     how = _arithmetic(run)
     losses_of, watch = _losses_of(run, how), _watch(run, how)
     kept = Checkpoint(run.options.checkpoint, _parameters(run))
-    torch.manual_seed(run.options.seed)
     within = _blocks_within(students)
-    with run.made_by.conditions(lm, how, rows.shape[-1]), compiled(lm, how.fused, within):
-        return loop(losses_of, groups, run.steps, run.step_tokens, _descent(run), kept, watch)
+    with same_random_numbers(device_of(lm)):
+        torch.manual_seed(run.options.seed)
+        with run.made_by.conditions(lm, how, rows.shape[-1]), compiled(lm, how.fused, within):
+            return loop(losses_of, groups, run.steps, run.step_tokens, _descent(run), kept, watch)
 
 # %% ../nbs/40_train.ipynb #80f46ea9
 def trainable_lora(lm) -> dict:

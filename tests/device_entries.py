@@ -556,6 +556,7 @@ def objectives(device, dtype, kind):
 @covers(
     "train.fit_lora",
     "train.fit_kl",
+    "devices.same_random_numbers",
     "train.trainable_lora",
     "loop.loop",
     "loop.order",

@@ -133,12 +133,16 @@ def adapted(closed: float, kl: float, **metrics) -> dict:
 
 def test_rows_of_two_models_are_needed_for_every_size(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    rows = [(dict(model="a", rank=64, seed=s), adapted(0.45 + s / 100, 0.2)) for s in range(3)]
+    run = dict(model="a", rank=64, tokens=512)
+    rows = [(run | dict(seed=s), adapted(0.45 + s / 100, 0.2)) for s in range(3)]
     write(tmp_path, "05_model_size", rows)
     assert list(claims.size_found().parts.values()) == [NOT_TESTED]
     more = [(p | dict(model="b"), m) for p, m in rows]
     write(tmp_path, "05_model_size", rows + more)
     assert list(claims.size_found().parts.values()) == [AGREES]
+    fewer = [(p | dict(model="b", tokens=256), m) for p, m in rows]
+    write(tmp_path, "05_model_size", rows + fewer)  # budgets differ, and so may the shares
+    assert list(claims.size_found().parts.values()) == [NOT_TESTED]
     low = [(p | dict(model="c"), adapted(0.1 + p["seed"] / 100, 0.2)) for p, _ in rows]
     write(tmp_path, "05_model_size", rows + low)  # the mean of all would lie within the bound
     assert list(claims.size_found().parts.values()) == [PARTLY]
