@@ -44,7 +44,7 @@ SMALL = ("--tokens", 2048, "--valid-tokens", 512, "--rank", 2)
         (["--sae", "3=default"], ["layer 14", "layer 3"]),
         (["--sae", "blocks.2.hook_mlp_out=default"], ["hook_mlp_out", "layer 14"]),
         (["--sae", "no-such-folder"], ["no-such-folder", "registry"]),
-        (["--rank", 0], ["--rank", "greater than or equal to 1"]),
+        (["--rank", 0], ["--rank", " 1"]),
         (["--layers", "3,4"], ["before", "14"]),
         (["--layers", "sometimes"], ["sometimes", "after"]),
         (["--layers", "40"], ["layer 40", "0 to 29"]),

@@ -1,5 +1,6 @@
 """Steering and its scores are what their formulas say."""
 
+import inspect
 import json
 
 import numpy as np
@@ -118,7 +119,8 @@ def test_intervals_of_a_mean_are_one_and_the_same():
     from scipy import stats
 
     x = torch.randn(40, generator=torch.Generator().manual_seed(0)).double()
-    options = dict(confidence_level=0.9, method="percentile", rng=0)
+    seed = "rng" if "rng" in inspect.signature(stats.bootstrap).parameters else "random_state"
+    options = {"confidence_level": 0.9, "method": "percentile", seed: 0}
     theirs = stats.bootstrap((x.numpy(),), np.mean, **options).confidence_interval
     ours = mean_interval(x)
     assert ours["mean"] == float(x.mean()) and ours["n"] == 40
