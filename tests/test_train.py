@@ -4,20 +4,21 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import random_sae, tiny
+from conftest import forkserver, random_sae, tiny
+from several import together
 from worlds import ROWS, RUN, trained
 
 from sae_lora.checkpoint import Checkpoint
 from sae_lora.files import UsageError
+from sae_lora.lm import decoder_blocks, shard
 from sae_lora.loop import Descent, Watch, loop
-from sae_lora.lora import add_lora
+from sae_lora.lora import add_lora, lora_parameters
 from sae_lora.metrics import fidelities, fidelity
+from sae_lora.processes import leads, processes
 from sae_lora.train import LONG, fit_lora, fit_loras, fuses
 
 
@@ -157,59 +158,44 @@ def test_prefix_and_teacher_from_the_cache_are_the_computed_ones(
         fit_lora(lm, saes, ROWS, 64, "published", cached=True)
 
 
-TWO = """
-import json, sys
-sys.path.insert(0, {tests!r})
-from conftest import random_sae, tiny
-from worlds import ROWS
-from sae_lora.lm import decoder_blocks, shard
-from sae_lora.lora import add_lora, lora_parameters
-from sae_lora.processes import leads, processes
-from sae_lora.train import fit_lora
-rows = ROWS.clone()
-if {padded}:
-    rows[::3, 9:] = -1
-lm, saes = tiny("llama"), {{1: random_sae()}}
-whole = sum(p.numel() for p in decoder_blocks(lm).parameters())
-if {spread}:
-    shard(lm)
-    assert sum(p.to_local().numel() for p in decoder_blocks(lm).parameters()) < 0.6 * whole
-add_lora(lm, saes, rank=2)
-curve = fit_lora(lm, saes, rows, tokens=16 * 16, batch=4, precision="fp32")
-if leads():
-    number = processes().num_processes if processes() else 1
-    adapter = {{n: p.tolist() for n, p in lora_parameters(lm).items() if "lora_B" in n}}
-    print(json.dumps([number, [r["loss"] for r in curve], adapter]))
-"""
+@pytest.fixture(scope="module")
+def forks():
+    "Where processes that have imported all come from."
+    return forkserver(["sae_lora.train", "sae_lens", "peft", "transformers", "accelerate"])
+
+
+def train_shared(file: Path, padded: bool, spread: bool):
+    "Train an adapter over as many processes as there are; the one that leads writes what came."
+    lm, saes, rows = tiny("llama"), {1: random_sae()}, ROWS.clone()
+    if padded:
+        rows[::3, 9:] = -1
+    whole = sum(p.numel() for p in decoder_blocks(lm).parameters())
+    if spread and processes():
+        shard(lm)
+        assert sum(p.to_local().numel() for p in decoder_blocks(lm).parameters()) < 0.6 * whole
+    add_lora(lm, saes, rank=2)
+    curve = fit_lora(lm, saes, rows, tokens=16 * 16, batch=4, precision="fp32")
+    if leads():
+        told = dict(processes=processes().num_processes if processes() else 1)
+        told["losses"] = [row["loss"] for row in curve]
+        told["adapter"] = {n: p.tolist() for n, p in lora_parameters(lm).items() if "lora_B" in n}
+        file.write_text(json.dumps(told))
 
 
 @pytest.mark.parametrize(("padded", "spread"), [(False, False), (True, False), (False, True)])
-def test_two_processes_train_as_one(tmp_path, padded, spread):
-    script = tmp_path / "train.py"
-
-    def losses_of(*launcher):
-        script.write_text(
-            TWO.format(
-                tests=str(Path(__file__).parent), padded=padded, spread=spread and bool(launcher)
-            )
-        )
-        done = subprocess.run(
-            [sys.executable, *launcher, str(script)],
-            capture_output=True,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )
-        assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads(done.stdout.strip().splitlines()[-1])
-
-    (n, one, adapter), (m, two, twin) = (
-        losses_of(),
-        losses_of("-m", "torch.distributed.run", "--nproc_per_node", "2"),
-    )
-    assert (n, m) == (1, 2)
-    torch.testing.assert_close(torch.tensor(one), torch.tensor(two), rtol=0, atol=1e-5)
-    for n, p in adapter.items():
-        torch.testing.assert_close(torch.tensor(p), torch.tensor(twin[n]), rtol=1e-3, atol=1e-4)
+def test_two_processes_train_as_one(forks, tmp_path, padded, spread):
+    found = []
+    for number in (1, 2):
+        file = tmp_path / f"{number}.json"
+        together(forks, number, train_shared, file, padded, spread)
+        found.append(json.loads(file.read_text()))
+    one, two = found
+    assert [one["processes"], two["processes"]] == [1, 2]
+    losses = [torch.tensor(run["losses"]) for run in found]
+    torch.testing.assert_close(*losses, rtol=0, atol=1e-5)
+    for name, p in one["adapter"].items():
+        twin = torch.tensor(two["adapter"][name])
+        torch.testing.assert_close(torch.tensor(p), twin, rtol=1e-3, atol=1e-4)
 
 
 def test_which_runs_have_fused_kernels():
