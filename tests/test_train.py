@@ -166,7 +166,8 @@ def forks():
 
 def train_shared(file: Path, padded: bool, spread: bool):
     "Train an adapter over as many processes as there are; the one that leads writes what came."
-    lm, saes, rows = tiny("llama"), {1: random_sae()}, ROWS.clone()
+    lm, saes = tiny("llama"), {1: random_sae()}
+    rows = ROWS.clone()
     if padded:
         rows[::3, 9:] = -1
     whole = sum(p.numel() for p in decoder_blocks(lm).parameters())
