@@ -117,21 +117,21 @@ def layer_found() -> Finding:
     parts = {"CE share": hardly_depends(ce, spread), "KL share": hardly_depends(kl, spread)}
     return Finding(from_to(sorted(ce), "to"), from_to(sorted(kl), "to"), ONE_SEED, parts)
 
-# %% ../nbs/64_claims.ipynb #6a0c8402
+# %% ../nbs/64_claims.ipynb #a8878fe5
 def shares_over_seeds(model: str) -> tuple[Estimate, Estimate]:
     "Both shares of a model with its SAE at rank 64, over seeds of the adapter."
     rows = committed_rows("05_model_size", rank=64, model=model)
     ce = over_seeds([ce_closed(r).value for r in rows])
     return ce, over_seeds([kl_closed(r).value for r in rows])
 
-
+# %% ../nbs/64_claims.ipynb #6a22fb5d
 def headline_tokens() -> dict[str, int]:
     "The tokens that each model's adapter of rank 64 was trained on, by model; the most first."
     runs = [r["parameters"] for r in committed_rows("05_model_size", rank=64)]
     tokens = {p["model"]: p["tokens"] for p in runs}
     return dict(sorted(tokens.items(), key=lambda found: -found[1]))
 
-
+# %% ../nbs/64_claims.ipynb #a1c7c49c
 def size_found() -> Finding:
     "E7: the paper's share at every size of model, where each had as many tokens."
     tokens = headline_tokens()

@@ -107,10 +107,15 @@ def cost_of(groups: list[list[dict]], made: set, bytes_each: int = 2) -> Cost:
     return total
 
 # %% ../nbs/74_plan.ipynb #259ad971
+def _speed_row() -> dict:
+    "The row of `14_speed` on the speed of training steps."
+    rows = Results(rows_path("14_speed")).rows().values()
+    return next(r for r in rows if r["parameters"].get("what") == "steps")
+
+# %% ../nbs/74_plan.ipynb #305f7355
 def _measured() -> dict:
     "The rate of the machine that the rows of `14_speed` are of, and what training reached there."
-    rows = Results(rows_path("14_speed")).rows().values()
-    return next(r["metrics"] for r in rows if r["parameters"].get("what") == "steps")
+    return _speed_row()["metrics"]
 
 # %% ../nbs/74_plan.ipynb #a0f1c428
 def laptop_rate() -> float:
@@ -148,8 +153,12 @@ def _both(runs: list[dict], row: dict, rate: float) -> tuple[float, float] | Non
 
 # %% ../nbs/74_plan.ipynb #2be1b103
 def compared(name: str) -> dict[str, float]:
-    "Seconds of training of an experiment's committed rows: `planned`, `measured`, their `ratio`."
-    rows, rate = Results(rows_path(name)).rows(), laptop_rate() * efficiency()["models"]
+    """Seconds of training of an experiment's committed rows: `planned`, `measured`, their `ratio`.
+
+    Rows of another machine than the row on speed, or of fewer of its cores, don't count."""
+    rate, like = laptop_rate() * efficiency()["models"], _speed_row()["provenance"]["device"]
+    rows = Results(rows_path(name)).rows()
+    rows = {k: row for k, row in rows.items() if row["provenance"]["device"] == like}
     there = [g for g in groups_of(name) if key(g[0]) in rows]
     pairs = [_both(g, rows[key(g[0])], rate) for g in there]
     found = pd.DataFrame(filter(None, pairs), columns=["planned", "measured"]).sum()
