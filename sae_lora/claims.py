@@ -271,16 +271,16 @@ class Claimed(NamedTuple):
     experiment: int
     find: Callable[[], Finding] = lambda: NOT_TESTED
 
-# %% ../nbs/64_claims.ipynb #9f691513
+# %% ../nbs/64_claims.ipynb #7b640135
 DIGITISED = "scaling figure, digitised"
 
-
+# %% ../nbs/64_claims.ipynb #0b8a6b24
 def experiment_called(number: int) -> str:
     "The name of the experiment with this number."
     (path,) = (project() / "nbs" / "experiments").glob(f"{number:02}_*.ipynb")
     return path.stem
 
-
+# %% ../nbs/64_claims.ipynb #86587ec9
 def theirs(axis: str, rank: int) -> str:
     "The first and the last share of an axis of the paper's scaling figure."
     shares = paper_values(axis).query("rank == @rank").sort_values("x").percent

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from .checked import read_json
 from .results import project
 
-# %% ../nbs/76_entries.ipynb #7a1fb96d
+# %% ../nbs/76_entries.ipynb #5f89facc
 class Parameter(NamedTuple):
     "A parameter of a function, or a field of a record, and what it means."
 
@@ -30,7 +30,7 @@ class Parameter(NamedTuple):
     kind: str
     meaning: str
 
-
+# %% ../nbs/76_entries.ipynb #c321726e
 class Entry(NamedTuple):
     "A public name: its `form`, as the source writes it, what is said `about` it, and `parameters`."
 

@@ -145,7 +145,7 @@ def _no_number(loss: float, step: int, checkpoint) -> UsageError:
         told += f"; the last good state is in {checkpoint}"
     return UsageError(f"{told}; start anew with a lower learning rate")
 
-# %% ../nbs/37_loop.ipynb #538aa7e7
+# %% ../nbs/37_loop.ipynb #c6513f0f
 def _numbers(losses: list, stop: int, checkpoint) -> list[float]:
     "The losses before step `stop`. Raises `UsageError` where one is no number."
     told = torch.stack([x.float() for x in losses]).tolist()
@@ -154,7 +154,7 @@ def _numbers(losses: list, stop: int, checkpoint) -> list[float]:
             raise _no_number(x, step, checkpoint)
     return told
 
-
+# %% ../nbs/37_loop.ipynb #8faf203b
 def _check_losses(at: Progress, checkpoint):
     "Raise `UsageError` where a loss since the last point of the curves is no number."
     for losses in filter(None, at.seen):

@@ -8,6 +8,7 @@ __all__ = ['PHONE', 'SHARP', 'COLOURS', 'for_phone', 'both_pictures', 'show_both
 # %% ../nbs/60_phones.ipynb #53dd968f
 import base64
 import hashlib
+import os
 import pickle
 import re
 import sys
@@ -71,7 +72,7 @@ def for_phone(figure: Figure) -> Figure:
 
 # %% ../nbs/60_phones.ipynb #1c1b9da8
 SHARP = 150  # dots per inch of a picture for phones, whose screens have two or three a pixel
-COLOURS = 128  # of a picture for phones: a third of the bytes, and nobody sees the difference
+COLOURS = 128  # of a picture for phones: fewer bytes, and nobody sees the difference
 
 
 def _few_colours(figure: Figure) -> bytes:
@@ -125,29 +126,32 @@ def narrow_pictures(nb) -> dict[str, bytes]:
 _PICTURE = re.compile(r'<img\b[^>]*\bsrc="(data:image/png;base64,[^"]+|[^":]+\.png)"[^>]*>')
 
 
-def _content(page: Path, source: str) -> bytes:
-    "The picture that a page names as a `source`: a file beside it, or the picture itself."
-    if source.startswith("data:"):
-        return base64.b64decode(source.partition(",")[2])
-    file = page.parent / source
-    return file.read_bytes() if file.exists() else b""
+def _file_of(page: Path, source: str) -> Path:
+    "The file of the picture that a page names as a `source`; made where the page holds it itself."
+    if not source.startswith("data:"):
+        return page.parent / source
+    wide = base64.b64decode(source.partition(",")[2])
+    folder = page.with_name(f"{page.stem}_files")
+    folder.mkdir(exist_ok=True)
+    file = folder / f"{hashlib.sha256(wide).hexdigest()[:12]}.png"
+    file.write_bytes(wide)
+    return file
 
 # %% ../nbs/60_phones.ipynb #87f11d9f
 def with_narrow(page: Path, narrow: dict[str, bytes]):
     """Let a page show the pictures of `narrow` on phones, in place of those whose digest they have.
 
-    Both become files, in a folder beside the page, so that a browser fetches one of the two."""
+    A picture that lies in the page itself becomes a file, so that a browser fetches one of two."""
 
     def both(found: re.Match) -> str:
-        wide = _content(page, found[1])
-        digest = hashlib.sha256(wide).hexdigest()
+        file = _file_of(page, found[1])
+        digest = hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
+        name = os.path.relpath(file, page.parent)
+        image = found[0].replace(found[1], name)
         if digest not in narrow:
-            return found[0]
-        name = f"{page.stem}_files/{digest[:12]}"
-        page.with_name(f"{page.stem}_files").mkdir(exist_ok=True)
-        (page.parent / f"{name}.png").write_bytes(wide)
-        (page.parent / f"{name}.phone.png").write_bytes(narrow[digest])
-        source = f'<source media="(max-width: 600px)" srcset="{name}.phone.png">'
-        return f"<picture>{source}{found[0].replace(found[1], f'{name}.png')}</picture>"
+            return image
+        file.with_suffix(".phone.png").write_bytes(narrow[digest])
+        phone = f"{name.removesuffix('.png')}.phone.png"
+        return f'<picture><source media="(max-width: 600px)" srcset="{phone}">{image}</picture>'
 
     page.write_text(_PICTURE.sub(both, page.read_text()))

@@ -12,8 +12,6 @@ import time
 
 import pytest
 
-from sae_lora.check import summary
-
 KEYS = (
     "model saes text tokens seed recipe ce kl gap gap_closed kl_closed ci95 l0 fvu train_seconds "
     "tokens_per_second device peak_memory_bytes versions"
@@ -48,7 +46,7 @@ def test_report_and_files(unbroken):
     ) == {"spliced", "adapted", "adapted_unspliced"}
     assert (
         report["ce"]["base"] < report["ce"]["adapted"] < report["ce"]["spliced"]
-        and report["gap_closed"] > 0.02
+        and report["gap_closed"] > 0.05
     )
     assert {p.name for p in out.iterdir()} == {"adapter", "curve.png", "report.json"}
     assert {"adapter_config.json", "adapter_model.safetensors", "sae_lora.json", "README.md"} <= {
@@ -159,8 +157,13 @@ def test_check_foretells_what_adapt_takes(unbroken):
     found = run("check", *SMALL)
     assert found["perplexity"] < 30 and 0 < found["gap"] < 0.3 and found["warnings"] == []
     assert abs(found["memory_bytes"] / unbroken[1]["peak_memory_bytes"] - 1) < 0.2
-    said = " ".join(map(str, summary(found)))
-    assert "SAE at 14" in said and "held-out tokens" in said and "GB of memory" in said
+    done = subprocess.run(command("check", *SMALL), capture_output=True, text=True)
+    assert (
+        done.returncode == 0
+        and "SAE at 14" in done.stdout
+        and "held-out tokens" in done.stdout
+        and "GB of memory" in done.stdout
+    )
 
 
 def test_train_sae(tmp_path):

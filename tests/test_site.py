@@ -56,7 +56,11 @@ def test_experiments_at_a_glance(site, root):
     for path in (root / "nbs" / "results").glob("*.ipynb"):
         if not (root / "nbs" / "experiments" / path.name).exists():
             continue
-        assert f"{path.stem}.html" in page, path.stem
+        assert (
+            (site / "pages" / "figures" / f"{path.stem}.png").exists()
+            and f"{path.stem}.png" in page
+            and f"{path.stem}.html" in page
+        ), path.stem
         sections = page[page.index("</table>", page.index("<main")) :]  # below the table of claims
         part = sections[sections.index(f'{path.stem}.html"') :]
         part = part[: part.find("<h2", 10)]
@@ -76,6 +80,7 @@ def test_figures_of_experiments_have_pictures_for_phones(site, root):
         for narrow, image in pictures:
             assert narrow.replace(".phone", "") in image and "alt=" in image
             assert (site / "nbs" / "experiments" / narrow).exists()
+            assert (site / "nbs" / "experiments" / narrow.replace(".phone", "")).exists()
 
 
 def test_no_dead_links(site):
