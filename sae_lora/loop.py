@@ -11,13 +11,14 @@ import signal
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 from tqdm.auto import tqdm
 
 from .arithmetic import hold_memory
@@ -63,6 +64,7 @@ class Descent:
     betas: tuple[float, float] = (0.9, 0.999)
     scales: dict[str, float] = field(default_factory=dict)  # share of the rate by parameter
     optimizer: str = "adamw"  # or `muon`, for matrices alone
+    average: float = 0.0  # share of the steps, the last ones, over which parameters are averaged
 
 # %% ../nbs/37_loop.ipynb #c524cea8
 DECAYS = {  # share of the full rate, by share of the steps and of the warm-up
@@ -136,6 +138,22 @@ def _descend(opt, losses_of: Callable, groups: list[dict], at: Progress, lr: flo
             nn.utils.clip_grad_norm_(groups[i].values(), clip)
     opt.step()
     opt.zero_grad()
+
+# %% ../nbs/37_loop.ipynb #c198d7af
+class _Mean(AveragedModel):
+    "The mean that parameters had over the steps of a run from a share `since` of them on."
+
+    def __init__(self, params: dict, since: float):
+        self.own = (nn.ParameterList(params.values()),)  # a tuple, lest it become a part of this
+        self.since = since
+        super().__init__(*self.own)
+
+    def see(self, step: int, steps: int):
+        "Take in the parameters after `step` steps of all; the last step leaves them at the mean."
+        if step >= self.since * steps:
+            self.update_parameters(*self.own)
+        if step == steps:
+            self.own[0].load_state_dict(self.module.state_dict())
 
 # %% ../nbs/37_loop.ipynb #5a3a84de
 def _no_number(loss: float, step: int, checkpoint) -> UsageError:
@@ -243,6 +261,10 @@ class _Training:
     def __post_init__(self):
         self.params = {name: p for group in self.groups for name, p in group.items()}
         self.opt = OPTIMIZERS[self.descent.optimizer](self.params, self.descent)
+        if self.descent.average:
+            self.mean = _Mean(self.params, 1 - self.descent.average)
+            state = self.checkpoint.state | self.mean.state_dict()
+            self.checkpoint = replace(self.checkpoint, state=state)
         self.at = self.checkpoint.restore(self.params, self.opt) or Progress.none(len(self.groups))
 
     def save(self, due: bool = True):
@@ -255,6 +277,8 @@ def _step(run: _Training, clock: _Clock, advance: Callable):
     _descend(run.opt, run.losses_of, run.groups, run.at, lr, run.descent.clip)
     advance(run.at.seen[0][-1])
     run.at.step += 1
+    if run.descent.average:
+        run.mean.see(run.at.step, run.steps)
     run.at.seconds = clock()
 
 # %% ../nbs/37_loop.ipynb #233755dc

@@ -9,8 +9,7 @@ __all__ = ['ADAPTER', 'hardest', 'changed', 'variant_rows', 'idea_rows', 'rate_r
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import Tensor
 
 from .experiments import WORLD, saes_at, with_adapters, world
 from .loop import order
@@ -35,22 +34,6 @@ def hardest(lm, saes: dict, rows: Tensor) -> Tensor:
     cost = (t["kl"]["spliced"] * t["real"]).sum(1) / t["real"].sum(1)
     return rows[cost.topk(len(rows) // 2).indices.sort().values]
 
-# %% ../nbs/68_recipe_study.ipynb #e9220b1f
-class _Averaged:
-    "An adapter's weights, averaged over the points of a curve from `first` tokens on."
-
-    def __init__(self, lm, first: float):
-        self.own, self.first = nn.ParameterList(lora_parameters(lm).values()), first
-        self.mean = AveragedModel(self.own)
-
-    def __call__(self, row: dict):
-        if row["tokens"] >= self.first:
-            self.mean.update_parameters(self.own)
-
-    def put(self):
-        "Give the adapter the mean."
-        self.own.load_state_dict(self.mean.module.state_dict())
-
 # %% ../nbs/68_recipe_study.ipynb #404e331d
 def _drawn_hard(lm, saes: dict, rows: Tensor, p: dict) -> Tensor:
     "The hardest half of twice as many random rows as the run takes in."
@@ -68,17 +51,6 @@ def _learned(lm, saes: dict, rows: Tensor, p: dict, changes: dict) -> tuple[dict
         return fit_linear(lm, saes, rows, rank=p["rank"], beside=True, **options)
     return saes, fit_lora(lm, saes, rows, **options)
 
-# %% ../nbs/68_recipe_study.ipynb #e00d4709
-def _averaging(lm, saes: dict, rows: Tensor, p: dict, changes: dict) -> tuple[dict, list[dict]]:
-    "`_learned`; at the end the adapter is the mean over a share `average` of the run, if asked."
-    share = changes.pop("average", None)
-    if share is None:
-        return _learned(lm, saes, rows, p, changes)
-    mean = _Averaged(lm, (1 - share) * p["tokens"])
-    made = _learned(lm, saes, rows, p, changes | dict(callback=mean))
-    mean.put()
-    return made
-
 # %% ../nbs/68_recipe_study.ipynb #4cda0bd9
 ADAPTER = ("roles", "alpha", "layers", "use_dora")  # changes that are options of the adapter
 
@@ -95,7 +67,7 @@ def changed(lm, saes: dict, rows: Tensor, p: dict):
     try:
         if start := changes.pop("start", None):
             start_at(lm, saes, rows[:8], start)
-        yield _averaging(lm, saes, rows, p, changes)
+        yield _learned(lm, saes, rows, p, changes)
     finally:
         lm.delete_adapter("default")
 

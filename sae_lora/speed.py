@@ -93,7 +93,9 @@ def trained(b: Bench, recipe: str, tokens: int, watched: Tensor | None = None, *
 
 # %% ../nbs/71_speed.ipynb #31f7ab46
 def rates(curve: list[dict]) -> list[float]:
-    "Tokens a second between the points of a curve, from the second on."
+    "Tokens a second between the points of a curve, from the second on: three points or more."
+    if len(curve) < 3:
+        raise ValueError(f"a curve of {len(curve)} points has no speed: measure 3 steps or more")
     pairs = zip(curve[1:], curve[2:])
     return [(y["tokens"] - x["tokens"]) / (y["seconds"] - x["seconds"]) for x, y in pairs]
 
@@ -161,7 +163,7 @@ def steps(b: Bench) -> dict:
             seen[v] += speeds if round else []
     device, dtypes = device_of(b.lm), (torch.float32, torch.bfloat16)
     return dict(
-        tokens_per_second={v: statistics.median(s) for v, s in seen.items() if s},
+        tokens_per_second={v: statistics.median(s) for v, s in seen.items()},
         operations_per_token=needed(b.lm, b.saes, b.p["adapter_rank"]),
         bf16=bf16_pays(device.type),
         matmul={str(d).removeprefix("torch."): matmul_rate(d, device) for d in dtypes},

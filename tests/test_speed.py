@@ -31,6 +31,8 @@ def test_operations_are_counted_from_shapes():
 def test_rates_are_between_points():
     curve = [dict(tokens=n * 10, seconds=s) for n, s in ((1, 5.0), (2, 6.0), (3, 6.5), (5, 8.5))]
     assert speed.rates(curve) == [20.0, 10.0]
+    with pytest.raises(ValueError, match="2 points"):
+        speed.rates(curve[:2])
 
 
 @pytest.mark.parametrize(
