@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['WORLD', 'RUN', 'TRAINING', 'world', 'trained_sae', 'saes_at', 'gather', 'sae_steps', 'cacheable', 'with_adapters',
-           'adapted_rows', 'benchmarks', 'paper_values']
+           'adapted_rows', 'swept', 'benchmarks', 'paper_values']
 
 # %% ../nbs/62_experiments.ipynb #9f2dcb00
 import json
@@ -353,6 +353,18 @@ def adapted_rows(group: list[dict]):
         reports = fidelities(lm, saes, blocks.valid, curves)
     for name, curve in curves.items():
         yield reports[name] | about | dict(train_seconds=curve[-1]["seconds"])
+
+# %% ../nbs/62_experiments.ipynb #d872526e
+def swept(common: dict, saes: list[dict], ranks: list[int], seeds: list[int], again: dict) -> list:
+    """The runs of a sweep: every rank and adapter seed for each of the `saes`, and those `again`.
+
+    `again` has `saes` (places in that list), `rank` and `seeds`; or nothing."""
+    runs = [common | dict(sae=s, rank=r, seed=n) for s in saes for r in ranks for n in seeds]
+    for place in again.get("saes", []):
+        for seed in again["seeds"]:
+            own = dict(sae=saes[place] | dict(seed=seed), rank=again["rank"], seed=seed)
+            runs.append(common | own)
+    return runs
 
 # %% ../nbs/62_experiments.ipynb #cde8ca96
 def benchmarks(data: str) -> Path:

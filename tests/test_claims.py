@@ -158,6 +158,23 @@ def test_a_measure_that_does_not_follow_makes_it_partly(tmp_path, monkeypatch):
     assert found["CE share falls"] == PARTLY and found["KL share falls"] == NOT_TESTED
 
 
+def test_a_sweep_is_over_seeds_of_the_sae_where_both_ends_have_several(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for k, share in ((8, 0.5), (16, 0.4), (32, 0.3)):
+        for seed in range(1 if k == 16 else 3):
+            sae = dict(k=k) | (dict(seed=seed) if seed else {})
+            p = dict(rank=64, layers="after", seed=seed, sae=sae)
+            rows.append((p, adapted(share + seed / 100, share / 2 + seed / 100, l0=k)))
+    write(tmp_path, "02_sparsity", rows)
+    assert [len(r) for r in claims.sweep("02_sparsity", 64, "l0")] == [3, 1, 3]
+    found = claims.scaling_found("02_sparsity", 64, "l0")
+    assert set(found.parts.values()) == {AGREES} and "3 SAE seeds" in found.over
+    write(tmp_path, "02_sparsity", rows[:-2])  # one end has one seed again
+    found = claims.scaling_found("02_sparsity", 64, "l0")
+    assert AGREES not in found.parts.values() and found.over == claims.ONE_SEED
+
+
 def test_every_claim_is_in_the_table():
     page = claims_page()
     for number, claim in claims.paper_claims().items():
