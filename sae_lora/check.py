@@ -169,6 +169,12 @@ def _seen(lm, site, sae, rows: Tensor, keep: str) -> dict:
     seen = dict(source=source, l0=own["l0"], promised_l0=promised, fvu=own["fvu"])
     return site_entry(site) | _kind(sae) | seen
 
+# %% ../nbs/79_check.ipynb #af490ca6
+def _kept(training: dict) -> int:
+    "Numbers that a run of `fit_lora(…, **training)` keeps for each that it trains."
+    settings = recipe_of(training.get("recipe", "fast")).settings | training
+    return 4 if settings.get("average") else 3  # itself, two moments, and its mean
+
 # %% ../nbs/79_check.ipynb #85d0d58c
 def _trial(lm, saes: dict, rows: Tensor, adapter: dict, training: dict, steps: int) -> tuple:
     "What `fidelity` measures beside a tried adapter, and the pace of training and measuring."
@@ -182,7 +188,7 @@ def _trial(lm, saes: dict, rows: Tensor, adapter: dict, training: dict, steps: i
         step_tokens=step_rows(training) * rows.shape[-1],
         first_step_seconds=first,
         step_seconds=statistics.median(times),
-        state_bytes=3 * weights,
+        state_bytes=_kept(training) * weights,
         evaluate_seconds_per_token=measuring / rows.numel(),
     )
 

@@ -25,7 +25,7 @@ from .lm import load_lm
 from .lora import add_lora, lora_parameters
 from .metrics import fidelities, sparsity
 from .processes import agreed, leads, processes
-from .recipes import RECIPES
+from .recipes import RECIPES, recipe_of
 from .results import key, project
 from .sae import fingerprint, save_sae
 from .sites import Site, for_json, point_of, site_of
@@ -219,7 +219,7 @@ def cacheable(lm, tokens: int, recipe: str = "fast") -> bool:
     same rows: under 512 MiB, and the recipe can use it."""
     width = lm.config.get_text_config().hidden_size
     size = next(lm.parameters()).element_size()
-    return recipe == "fast" and not processes() and 2 * tokens * width * size < 2**29
+    return recipe_of(recipe).savings and not processes() and 2 * tokens * width * size < 2**29
 
 # %% ../nbs/62_experiments.ipynb #4d6be9c9
 def _put_on(lm, saes: dict, name: str, p: dict):

@@ -47,14 +47,17 @@ class Recipe:
     savings: bool = True  # whether cached states, fused kernels, bfloat16, `keep_unspliced` are had
 
 # %% ../nbs/39_recipes.ipynb #111ea59b
-_FAST = dict(batch=2, lr=1e-3, warmup=0.05, decay="linear")
-_PUBLISHED = dict(batch=1, lr=5e-5, warmup=0.0, decay="constant")
+_FAST = dict(batch=2, lr=1e-3, warmup=0.05, decay="linear", clip=1.0)
+_FAST |= dict(weight_decay=0.0, betas=(0.9, 0.99))
+_PUBLISHED = dict(batch=1, lr=5e-5, warmup=0.0, decay="constant", clip=1.0)
+_PUBLISHED |= dict(weight_decay=0.01, betas=(0.9, 0.999))
 
 # %% ../nbs/39_recipes.ipynb #6b173d46
 RECIPES = {
-    "fast": Recipe(_FAST | dict(clip=1.0, weight_decay=0.0, betas=(0.9, 0.99))),
+    "fast": Recipe(_FAST),
+    "averaged": Recipe(_FAST | dict(decay="constant", average=0.5)),
     "published": Recipe(
-        _PUBLISHED | dict(clip=1.0, weight_decay=0.01, betas=(0.9, 0.999)),
+        _PUBLISHED,
         adapter=dict(alpha=32, lora_dropout=0.1),
         losses=published_each,
         conditions=_published_conditions,

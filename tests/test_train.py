@@ -13,7 +13,7 @@ from several import together
 from worlds import ROWS, RUN, trained
 
 from sae_lora.checkpoint import Checkpoint
-from sae_lora.files import UsageError
+from sae_lora.files import Stopped, UsageError
 from sae_lora.lm import decoder_blocks, shard
 from sae_lora.loop import Descent, Watch, loop
 from sae_lora.lora import add_lora, lora_parameters
@@ -103,6 +103,30 @@ def test_a_run_goes_on_with_the_adapter_it_had_whatever_else_is_on_the_model(tmp
         fit_lora(lm, saes, ROWS, **RUN, checkpoint=file)
 
 
+@pytest.mark.parametrize("stopped_after", [2, 6])  # before the mean begins, and within it
+def test_a_mean_goes_on_where_it_was(tmp_path, stopped_after):
+    lm, saes = tiny("llama"), {1: random_sae()}
+
+    def stop(row):
+        if row["step"] == stopped_after:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def run(seed=0, **options):
+        add_lora(lm, saes, rank=2, seed=seed)
+        try:
+            fit_lora(lm, saes, ROWS, 8 * 16, "averaged", batch=1, points=8, **options)
+            return {n: p.detach().clone() for n, p in lora_parameters(lm).items()}
+        finally:
+            lm.delete_adapter("default")
+
+    whole, file = run(), tmp_path / "state.safetensors"
+    with pytest.raises(Stopped):
+        run(checkpoint=file, callback=stop)
+    resumed = run(seed=7, checkpoint=file)
+    for name, p in whole.items():
+        assert torch.equal(p, resumed[name]), name
+
+
 def test_a_callback_is_called_as_it_was_given():
     class Counts:
         rows = 0
@@ -175,7 +199,8 @@ def train_shared(file: Path, padded: bool, spread: bool):
         shard(lm)
         assert sum(p.to_local().numel() for p in decoder_blocks(lm).parameters()) < 0.6 * whole
     add_lora(lm, saes, rank=2)
-    curve = fit_lora(lm, saes, rows, tokens=16 * 16, batch=4, precision="fp32")
+    recipe = "averaged" if padded or spread else "fast"
+    curve = fit_lora(lm, saes, rows, 16 * 16, recipe, batch=4, precision="fp32")
     if leads():
         told = dict(processes=processes().num_processes if processes() else 1)
         told["losses"] = [row["loss"] for row in curve]
