@@ -12,8 +12,9 @@ __all__ = ['BOTH', 'FIGURE', 'UNMEASURED', 'ONE_MODEL', 'TWO_MEASURES', 'which_l
 import pandas as pd
 
 from . import plots
-from .claims import ce_closed, committed_rows, experiment_called, kl_closed
+from .claims import experiment_called
 from .results import project
+from .verdicts import ce_closed, committed_rows, kl_closed
 
 # %% ../nbs/65_two_measures.ipynb #c8bd2ca6
 BOTH = (2, 3, 4, 5, 6, 7, 15)  # the numbers of experiments whose rows hold both shares
