@@ -3,6 +3,7 @@
 import json
 import re
 
+import numpy as np
 import pytest
 
 from sae_lora import claims, metrics, verdicts
@@ -173,6 +174,22 @@ def test_a_sweep_is_over_seeds_of_the_sae_where_both_ends_have_several(tmp_path,
     write(tmp_path, "02_sparsity", rows[:-2])  # one end has one seed again
     found = claims.scaling_found("02_sparsity", 64, "l0")
     assert AGREES not in found.parts.values() and found.over == claims.ONE_SEED
+
+
+def test_what_a_law_foretells_holds_as_often_as_it_says():
+    tokens, held = np.array([1e4, 2e4, 4e4, 8e4, 16e4, 16e4]), 0
+    random = np.random.default_rng(0)
+    for _ in range(400):
+        noise = random.normal(0, 0.01, len(tokens) + 1)
+        left = np.append(tokens, 1e6) ** -0.05 * np.exp(noise)
+        found = verdicts.foretold(tokens, 1 - left[:-1], 1e6)
+        held += found.low <= 1 - left[-1] <= found.high
+    assert 0.92 <= held / 400 <= 0.98
+    ends = [verdicts.foretold(tokens, 1 - left[:-1], at) for at in (1e5, 1e6)]
+    assert ends[0].high - ends[0].low < ends[1].high - ends[1].low
+    assert abs(verdicts.exponent(tokens, 1 - left[:-1]).value - 0.05) < 0.02
+    with pytest.raises(ValueError, match="three or more"):
+        verdicts.exponent(tokens[:2], [0.1, 0.2])
 
 
 def test_every_claim_is_in_the_table():

@@ -293,6 +293,7 @@ FEW = {
         ideas={"fast": [{}], "Muon": [{"optimizer": "muon"}], "hard rows": [{"hard": True}]},
         again=["fast"],
     ),
+    "19_budget": dict(budgets=[64, 128, 256], several=[128], rank=2, seeds=[0, 1]),
 }
 
 
