@@ -83,13 +83,14 @@ def _law(tokens, closed):
 def exponent(tokens, closed) -> Estimate:
     "The exponent α of what is left of a gap by training tokens, with its 95 % interval."
     fit = _law(tokens, closed)
-    half = float(stats.t.ppf(0.975, len(tokens) - 2) * fit.stderr)
-    return Estimate(-fit.slope, -fit.slope - half, -fit.slope + half)
+    half = stats.t.ppf(0.975, len(tokens) - 2) * fit.stderr
+    return Estimate(*(float(step - fit.slope) for step in (0, -half, half)))
 
 # %% ../nbs/63_verdicts.ipynb #604cef46
 def foretold(tokens, closed, at: float) -> Estimate:
     "The share that a run on `at` tokens closes by the law, with the 95 % interval of one run."
-    fit, x, n = _law(tokens, closed), np.log(tokens), len(tokens)
+    fit, x = _law(tokens, closed), np.log(tokens)
+    n = len(x)
     apart = np.log1p(-np.asarray(closed)) - (fit.intercept + fit.slope * x)
     scatter = float(np.sqrt(apart @ apart / (n - 2)))
     far = (np.log(at) - x.mean()) ** 2 / ((x - x.mean()) @ (x - x.mean()))
