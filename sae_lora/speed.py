@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'RUN_ONE', 'ON_BENCH', 'IN_PROCESSES', 'Bench', 'bench', 'wait', 'trained', 'rates', 'time_to_loss',
-           'matmul_rate', 'needed', 'steps', 'batches', 'sae_speed', 'sweep_of_ranks', 'splice_cost', 'peak',
-           'in_process', 'loss_peak', 'loss_memory', 'run_speed', 'run_peak', 'flat_memory', 'shared_core',
+           'matmul_rate', 'needed', 'steps', 'batches', 'sae_speed', 'sweep_of_ranks', 'splice_cost', 'site_cost',
+           'peak', 'in_process', 'loss_peak', 'loss_memory', 'run_speed', 'run_peak', 'flat_memory', 'shared_core',
            'speed_rows']
 
 # %% ../nbs/71_speed.ipynb #3ce3cd53
@@ -23,6 +23,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from .anatomy import width_at
 from .arithmetic import bf16_pays, can_compile
 from .counted import Group, SAESize, operations, shape_of
 from .experiments import saes_at, world
@@ -32,12 +33,13 @@ from .lora import add_lora
 from .loss import kl_loss
 from .metrics import fidelity, held_out_loss
 from .recipes import RECIPES
-from .sites import hook_name
+from .sae import reconstruct
+from .sites import Site, hook_name
 from .splice import splice
 from .states import harvest
 from .text import model_inputs, token_blocks
 from .train import fit_lora, fit_loras
-from .train_sae import fit_sae
+from .train_sae import fit_sae, random_at
 
 # %% ../nbs/71_speed.ipynb #537240b0
 class Bench(NamedTuple):
@@ -225,14 +227,44 @@ def sweep_of_ranks(b: Bench) -> dict:
     return dict(one=statistics.median(one), all=statistics.median(all))
 
 # %% ../nbs/71_speed.ipynb #248689f7
-def splice_cost(b: Bench) -> dict:
-    "Seconds of a forward pass without the SAE and with it: medians over `rounds`."
-    batch, seen = on_device(b.lm, model_inputs(b.valid[:4])), {"base": [], "spliced": []}
+def _forward(b: Bench, ways: dict[str, dict], keep: str = "special") -> dict[str, float]:
+    "Seconds of a forward pass with each of several sets of SAEs in, by turns: their medians."
+    batch, seen = on_device(b.lm, model_inputs(b.valid[:4])), {name: [] for name in ways}
     for _ in range(b.p["rounds"] * 2 + 1):
-        for name, inside in (("base", nullcontext()), ("spliced", splice(b.lm, b.saes))):
-            with torch.no_grad(), inside:
+        for name, saes in ways.items():
+            with torch.no_grad(), splice(b.lm, saes, keep) if saes else nullcontext():
                 seen[name].append(_timed(lambda: b.lm(**batch)))
     return {name: statistics.median(s[1:]) for name, s in seen.items()}
+
+
+def splice_cost(b: Bench) -> dict:
+    "Seconds of a forward pass without the SAE and with it: medians over `rounds`."
+    return _forward(b, {"base": {}, "spliced": b.saes})
+
+# %% ../nbs/71_speed.ipynb #5b7a5d22
+def _everywhere(b: Bench, point: str | None = None, transcoder: bool = False) -> dict:
+    "An SAE or transcoder with random weights for every block, at its output or at a point in it."
+    layers = range(b.lm.config.get_text_config().num_hidden_layers)
+    sites = [Site(i, point) if point else i for i in layers]
+    return {s: random_at(b.lm, s, b.p["width"], b.p["k"], transcoder) for s in sites}
+
+# %% ../nbs/71_speed.ipynb #8ed1fb8e
+def _alone(b: Bench, saes: dict) -> float:
+    "Seconds that SAEs take by themselves at the positions of a forward pass: median of `rounds`."
+    x = torch.randn(b.valid[:4].numel(), width_at(b.lm, max(saes)), device=device_of(b.lm))
+    with torch.no_grad():
+        taken = [
+            _timed(lambda: [reconstruct(sae, x) for sae in saes.values()])
+            for _ in range(b.p["rounds"] * 2 + 1)
+        ]
+    return statistics.median(taken[1:])
+
+
+def site_cost(b: Bench) -> dict:
+    "Seconds of a pass with an SAE in every block at each of `sites`, and of the SAEs alone."
+    ways = {name: _everywhere(b, **about) for name, about in b.p["sites"].items()}
+    alone = {name: _alone(b, saes) for name, saes in ways.items()}
+    return dict(forward=_forward(b, {"base": {}} | ways, keep="none"), alone=alone)
 
 # %% ../nbs/71_speed.ipynb #d7026236
 def peak(device: str | None = None) -> int:
@@ -296,8 +328,7 @@ def run_speed(p: dict) -> float:
     "Tokens a second of a run of a row's `steps`."
     step = 2 * p["length"]
     curve = _run_alone(p, 32768, p["steps"] * step, points=p["steps"])
-    pairs = zip(curve[1:], curve[2:])
-    return step / statistics.median(y["seconds"] - x["seconds"] for x, y in pairs)
+    return statistics.median(rates(curve))
 
 # %% ../nbs/71_speed.ipynb #0785ba7b
 def run_peak(p: dict, times: int) -> int:
@@ -336,19 +367,9 @@ def shared_core(p: dict) -> dict:
     return dict(alone=alone, beside=beside)
 
 # %% ../nbs/71_speed.ipynb #cec096e6
-ON_BENCH = {
-    "steps": steps,
-    "batches": batches,
-    "sae_training": sae_speed,
-    "sweep": sweep_of_ranks,
-    "splice": splice_cost,
-    "time_to_loss": time_to_loss,
-}
-IN_PROCESSES = {
-    "shared_core": shared_core,
-    "loss_memory": loss_memory,
-    "flat_memory": flat_memory,
-}
+ON_BENCH = dict(steps=steps, batches=batches, sae_training=sae_speed, sweep=sweep_of_ranks)
+ON_BENCH |= dict(splice=splice_cost, sites=site_cost, time_to_loss=time_to_loss)
+IN_PROCESSES = dict(shared_core=shared_core, loss_memory=loss_memory, flat_memory=flat_memory)
 
 # %% ../nbs/71_speed.ipynb #3bb0bd4f
 def speed_rows(group: list[dict], text_tokens: int, valid_tokens: int):

@@ -716,6 +716,14 @@ def begun(device, dtype, start):
     return {n: p.norm() for n, p in found.items()}  # directions have two signs
 
 
+@covers("train_sae.random_at", "new_saes.unscaled_transcoder")
+def random_saes(device, dtype):
+    lm, _ = loaded(device, dtype)
+    site = api.Site(1, "hook_mlp_out")
+    saes = {site: api.random_at(lm, site, 64, 8, transcoder=True)}
+    return dict(weights=saes[site].W_dec, fidelity=api.fidelity(lm, saes, blocks().valid))
+
+
 @covers("train_sae.untrained_sae", "train_sae.fit_e2e", "new_saes.new_sae", "new_saes.unscaled")
 def saes_end_to_end(device, dtype):
     lm, _ = loaded(device, dtype)

@@ -35,6 +35,10 @@ def test_rates_are_between_points():
         speed.rates(curve[:2])
 
 
+MLP = dict(point="hook_mlp_out")
+SITES = {"output": {}, "MLP out": MLP, "transcoder": MLP | dict(transcoder=True)}
+
+
 @pytest.mark.parametrize(
     "what, own",
     [
@@ -42,6 +46,7 @@ def test_rates_are_between_points():
         ("sae_training", dict(tokens=4096, width=64, k=4)),
         ("sweep", dict(ranks=[1, 2], single=2, tokens=256)),
         ("splice", dict(rounds=1)),
+        ("sites", dict(rounds=1, sites=SITES, width=64, k=4)),
         ("time_to_loss", dict(recipe="fast", tokens=128, points=2)),
     ],
 )
@@ -51,6 +56,22 @@ def test_rows_on_the_bench(bench, what, own, monkeypatch, tmp_path):
     if what == "sae_training":
         b = b._replace(rows=b.rows.repeat(8, 1))
     assert ON_BENCH[what](b) and not getattr(b.lm, "peft_config", None)
+
+
+def test_transcoders_in_every_block_leave_no_mlp_to_compute(bench, monkeypatch):
+    b = bench(rounds=1, sites=SITES, width=64, k=4)
+    ran = dict.fromkeys(SITES, 0)
+    for name, about in SITES.items():
+        saes = speed._everywhere(b, **about)
+        assert len(saes) == b.lm.config.num_hidden_layers
+        for block in b.lm.model.layers:
+            block.mlp.down_proj.register_forward_hook(
+                lambda *_, name=name: ran.update({name: ran[name] + 1})
+            )
+        speed._forward(b, {name: saes}, keep="none")
+        for block in b.lm.model.layers:
+            block.mlp.down_proj._forward_hooks.clear()
+    assert ran["transcoder"] == 0 < ran["output"] == ran["MLP out"]
 
 
 def test_each_variant_has_its_own_speed(bench, monkeypatch):
