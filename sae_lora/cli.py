@@ -183,7 +183,7 @@ def demo(
     from sae_lora.terminal import shaded
 
     settings = dict(tokens=tokens, minutes=minutes, valid_tokens=SHOWN, device=device, seed=seed)
-    settings |= dict(text="default", cut=0.0, recipe="averaged", resume=resume, force=force)
+    settings |= dict(text="default", cut=0.0, resume=resume, force=force)
     run = run_adapt(out, **settings, told=_promise)
     if not as_json:
         for stretch in stretches(run.blocks.valid, run.measured):

@@ -48,7 +48,7 @@ Json = option(bool, "Print the result as JSON, and nothing else, on standard out
 Rank = option(int, "Rank of the adapter.", min=1, max=2**16)
 Layers = option(str, "Layers that get an adapter: after (the first SAE), all, or 15,16 or 15-20.")
 Length = option(int, "Tokens a row.", min=2, max=2**20)
-Recipe = option(str, "fast; averaged: the mean of its last half; published: the original.")
+Recipe = option(str, "fast, or published: the original training.")
 Keep = option(str, "Positions the SAE is kept from: special (the first, special tokens), or none.")
 Batch = option(Optional[str], "Rows a step, in place of the recipe's; auto: as many as pay.")
 Seed = option(

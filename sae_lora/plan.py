@@ -329,7 +329,7 @@ _MEANING = (
 
 def gpus_page() -> str:
     "What the paper's setting takes on each card by each recipe, as a table in markdown."
-    lines = [_gpu_columns(card, recipe) for card in GPUS for recipe in ("fast", "published")]
+    lines = [_gpu_columns(card, recipe) for card in GPUS for recipe in RECIPES]
     rows = [f"| {' | '.join(row)} |" for row in (_COLUMNS, ["---"] * len(_COLUMNS), *lines)]
     rates = ", ".join(f"{card.rate / 1e12:.0f}" for card in GPUS)
     said = _MEANING.format(rates=rates, used=efficiency()["models"], filled=FILLED)

@@ -55,7 +55,6 @@ _PUBLISHED |= dict(weight_decay=0.01, betas=(0.9, 0.999))
 # %% ../nbs/39_recipes.ipynb #6b173d46
 RECIPES = {
     "fast": Recipe(_FAST),
-    "averaged": Recipe(_FAST | dict(decay="constant", average=0.5)),
     "published": Recipe(
         _PUBLISHED,
         adapter=dict(alpha=32, lora_dropout=0.1),

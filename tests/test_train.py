@@ -114,7 +114,8 @@ def test_a_mean_goes_on_where_it_was(tmp_path, stopped_after):
     def run(seed=0, **options):
         add_lora(lm, saes, rank=2, seed=seed)
         try:
-            fit_lora(lm, saes, ROWS, 8 * 16, "averaged", batch=1, points=8, **options)
+            options |= dict(decay="constant", average=0.5)
+            fit_lora(lm, saes, ROWS, 8 * 16, batch=1, points=8, **options)
             return {n: p.detach().clone() for n, p in lora_parameters(lm).items()}
         finally:
             lm.delete_adapter("default")
@@ -199,8 +200,8 @@ def train_shared(file: Path, padded: bool, spread: bool):
         shard(lm)
         assert sum(p.to_local().numel() for p in decoder_blocks(lm).parameters()) < 0.6 * whole
     add_lora(lm, saes, rank=2)
-    recipe = "averaged" if padded or spread else "fast"
-    curve = fit_lora(lm, saes, rows, 16 * 16, recipe, batch=4, precision="fp32")
+    own = dict(decay="constant", average=0.5) if padded or spread else {}
+    curve = fit_lora(lm, saes, rows, tokens=16 * 16, batch=4, precision="fp32", **own)
     if leads():
         told = dict(processes=processes().num_processes if processes() else 1)
         told["losses"] = [row["loss"] for row in curve]
