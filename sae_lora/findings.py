@@ -83,7 +83,9 @@ def _counted(n: int, what: str) -> str:
 # %% ../nbs/77_findings.ipynb #d5e88088
 def _models(values: dict) -> str:
     "The models of an experiment, from its parameters."
-    worlds = [values, *values.get("models", []), *values.get("worlds", [])]
+    worlds = values.get("worlds", [])
+    worlds = worlds.values() if isinstance(worlds, dict) else worlds
+    worlds = [values, *values.get("models", []), *worlds]
     names = dict.fromkeys(world["model"] for world in worlds if "model" in world)
     return " and ".join(CALLED.get(name, name) for name in names)
 
@@ -92,7 +94,9 @@ def circumstances(values: dict) -> str:
     "With what the rows of an experiment were made, in a sentence, from its parameters."
     parts, budgets = [_models(values)], values.get("budgets", [values.get("tokens")])
     if budgets[0]:
-        parts.append(" and ".join(f"{n:,}" for n in budgets) + " tokens of training")
+        word = " and " if len(budgets) < 3 else " to "
+        ends = dict.fromkeys([budgets[0], budgets[-1]])
+        parts.append(word.join(f"{n:,}" for n in ends) + " tokens of training")
     if "seeds" in values or "seed" in values:
         parts.append(_counted(len(values.get("seeds", [0])), "adapter seed"))
     parts.append(
