@@ -34,6 +34,7 @@ from sae_lora.verdicts import (
     mostly_better,
     over_rows,
     paired,
+    sae_seed,
 )
 
 # %% ../nbs/64_claims.ipynb #8c4c94f2
@@ -91,8 +92,11 @@ def nats_won(row: dict) -> Estimate:
 # %% ../nbs/64_claims.ipynb #96f5413b
 def _seeds_told(along: list[list[dict]]) -> str:
     "What the intervals of a sweep's two ends are over."
-    n = min(len(along[0]), len(along[-1]))
-    return f"{n} SAE seeds at both ends, an adapter each" if n > 1 else ONE_SEED
+    saes = min(len(set(map(sae_seed, rows))) for rows in (along[0], along[-1]))
+    adapters = min(len(along[0]), len(along[-1]))
+    if saes > 1:
+        return f"{saes} SAE seeds at both ends"
+    return f"{adapters} adapter seeds, one SAE each" if adapters > 1 else ONE_SEED
 
 # %% ../nbs/64_claims.ipynb #149d5aab
 def scaling_found(experiment: str, rank: int, by: str) -> Finding:

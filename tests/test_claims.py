@@ -174,6 +174,21 @@ def test_a_sweep_is_over_seeds_of_the_sae_where_both_ends_have_several(tmp_path,
     write(tmp_path, "02_sparsity", rows[:-2])  # one end has one seed again
     found = claims.scaling_found("02_sparsity", 64, "l0")
     assert AGREES not in found.parts.values() and found.over == claims.ONE_SEED
+    one_sae = [(dict(p, sae=dict(k=p["sae"]["k"])), m) for p, m in rows]
+    write(tmp_path, "02_sparsity", one_sae)
+    assert "adapter seeds, one SAE each" in claims.scaling_found("02_sparsity", 64, "l0").over
+
+
+def test_adapters_of_one_sae_count_as_one_where_there_are_several_saes():
+    rows = []
+    for sae, share in ((0, 0.30), (1, 0.40)):
+        for seed in range(3):
+            p = dict(sae=dict(seed=sae), seed=seed)
+            rows.append(dict(parameters=p, metrics=adapted(share + seed / 1000, 0.1)))
+    found = verdicts.over_rows(rows, verdicts.ce_closed)
+    assert found.seeds == 2 and found == metrics.over_seeds([0.301, 0.401])
+    alone = verdicts.over_rows(rows[:3], verdicts.ce_closed)
+    assert alone.seeds == 3 and alone.high - alone.low < 0.01
 
 
 def test_what_a_law_foretells_holds_as_often_as_it_says():

@@ -111,6 +111,7 @@ NO_TENSORS = {
     "cli.build": "builds the site",
     "experiments.benchmarks": "paths and files",
     "experiments.paper_values": "a table",
+    "experiments.swept": "a list of parameters",
     "notebooks.*": "runs notebooks",
     "entries.*": "text of the site",
     "findings.*": "text of the site",
