@@ -78,7 +78,7 @@ def schedule(step: int, steps: int, warmup: float = 0.05, decay: str = "linear")
     """The share of the full learning rate at `step`.
 
     It goes up over the first `warmup` of the steps, then `linear` or `cosine` to zero, or stays
-    `constant`."""
+    `constant`. The cosine is that of all steps, those of the warm-up too."""
     up = max(round(warmup * steps), 1)
     return min((step + 1) / up, DECAYS[decay](step / steps, warmup), 1.0)
 
