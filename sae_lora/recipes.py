@@ -70,15 +70,16 @@ def recipe_of(name: str) -> Recipe:
     return RECIPES[one_of("recipe", name, RECIPES)]
 
 # %% ../nbs/39_recipes.ipynb #9c01ae04
-RANGES = dict(batch=(1, 2**20), lr=RATES, warmup=(0, 0.99), clip=(0, 1e9), weight_decay=(0, 10))
-RANGES |= dict(average=(0, 1))
+RANGES = dict(batch=(1, 2**20), lr=RATES, warmup=(0, 0.99), clip=(0, 1e9))
+RANGES |= dict(weight_decay=(0, 10), average=(0, 1))
 
 # %% ../nbs/39_recipes.ipynb #6220933d
 def settings_of(recipe: str, changes: dict) -> dict:
     "A recipe's settings with some changed. Raises `UsageError` for a value that cannot be."
     settings = recipe_of(recipe).settings | changes
-    for name in RANGES.keys() & settings.keys():
-        in_range(name, settings[name], *RANGES[name])
+    for name, ends in RANGES.items():
+        if name in settings:
+            in_range(name, settings[name], *ends)
     one_of("decay", settings["decay"], DECAYS)
     one_of("optimizer", settings.get("optimizer", Descent.optimizer), OPTIMIZERS)
     return settings

@@ -200,7 +200,7 @@ def train_shared(file: Path, padded: bool, spread: bool):
         shard(lm)
         assert sum(p.to_local().numel() for p in decoder_blocks(lm).parameters()) < 0.6 * whole
     add_lora(lm, saes, rank=2)
-    own = dict(decay="constant", average=0.5) if padded or spread else {}
+    own = dict(average=0.5) if spread else {}
     curve = fit_lora(lm, saes, rows, tokens=16 * 16, batch=4, precision="fp32", **own)
     if leads():
         told = dict(processes=processes().num_processes if processes() else 1)
