@@ -17,6 +17,7 @@ from typing import Callable
 import torch
 from torch import nn
 
+from .devices import fast_float32
 from .files import one_of
 from .lm import decoder_blocks, sharded
 
@@ -34,15 +35,21 @@ def bf16_pays(device: str = "cpu") -> bool:
 # %% ../nbs/34_arithmetic.ipynb #825ae9eb
 @dataclass(frozen=True)
 class Arithmetic:
-    "How passes are computed: on what device, in bfloat16, with fused kernels."
+    """How passes are computed: on what device, in bfloat16, with fused kernels; `plain` ones as
+    PyTorch does by itself."""
 
     device: str
     bf16: bool
     fused: bool = False
+    plain: bool = False
 
+    @contextmanager
     def __call__(self):
         "A context where matrix products are done so."
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
+        fast = self.device == "cpu" and not self.plain
+        with fast_float32() if fast else nullcontext():
+            with torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+                yield
 
 # %% ../nbs/34_arithmetic.ipynb #431ff8d5
 PRECISIONS = ("auto", "bf16", "fp32")

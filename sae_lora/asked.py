@@ -64,7 +64,7 @@ def groups_of(name: str, size: str = "laptop", params: dict = {}) -> list[list[d
 # %% ../nbs/73_asked.ipynb #b2efc828
 MEASURING = ("measure", "data", "probe_texts", "letters", "words", "cards", "index", "latents")
 MEASURING += ("examples", "negatives", "tune_on", "others", "alphas", "task", "limit")
-MEASURING += ("bins", "passage")
+MEASURING += ("bins", "passage", "candidates", "known_rows", "choice", "push")
 
 
 def _way(p: dict, places: list[SAESize]) -> dict:

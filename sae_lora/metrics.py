@@ -16,6 +16,7 @@ from scipy import stats
 from torch import Tensor
 
 from .anatomy import width_at
+from .devices import fast_float32
 from .fit import seen_and_replaced
 from .hidden import hidden, resume
 from .lm import head, on_device
@@ -38,6 +39,7 @@ def _of_batch(lm, saes: dict, W, rows: Tensor, keep: str, adapters) -> dict:
 
 # %% ../nbs/33_metrics.ipynb #62396557
 @torch.no_grad()
+@fast_float32()
 def token_losses(
     lm, saes: dict, rows: Tensor, keep: str = "special", batch: int = 8, adapters=(None,)
 ) -> dict[str, dict[str, Tensor]]:
@@ -175,6 +177,7 @@ def fidelity(lm, saes: dict, rows: Tensor, keep: str = "special", batch: int = 8
 
 # %% ../nbs/33_metrics.ipynb #5bb531ed
 @torch.no_grad()
+@fast_float32()
 def _prefixes(lm, start: int, rows: Tensor, batch: int) -> list[tuple]:
     "By batch: inputs, next tokens, hidden states at `start`."
     found = []
@@ -195,6 +198,7 @@ def held_out_loss(
     parts, n = _prefixes(lm, start, rows, batch), int((targets(rows) >= 0).sum())
 
     @torch.no_grad()
+    @fast_float32()
     def measure() -> dict[str, float]:
         total = 0.0
         for inputs, wanted, prefix in parts:
@@ -258,6 +262,7 @@ class _Firing:
 
 # %% ../nbs/33_metrics.ipynb #fafa9149
 @torch.no_grad()
+@fast_float32()
 def sparsity(lm, sae, site, rows: Tensor, keep: str = "special", batch: int = 8) -> dict:
     """L0, FVU, explained variance and the share of dead latents of `sae` at `site`.
 

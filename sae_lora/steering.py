@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor, nn
 
+from .devices import fast_float32
 from .files import UsageError
 from .hidden import hidden
 from .lm import head
@@ -24,32 +25,34 @@ from .text import model_inputs, text_rows
 
 # %% ../nbs/50_steering.ipynb #3712a0eb
 class Steered(nn.Module):
-    """Stands where an SAE stands in a splice, and gives h + α (h·d) d for hidden states h.
+    """Stands where an SAE stands in a splice, and gives h + α (h·d) d for hidden states h, or, with
+    a `size` s, h + α s d.
 
     `d` `(width,)` is a unit vector."""
 
-    def __init__(self, d: Tensor, alpha: float):
+    def __init__(self, d: Tensor, alpha: float, size: float | None = None):
         super().__init__()
         self.register_buffer("d", d)  # so that it goes to a device as an SAE does
-        self.alpha = alpha
+        self.alpha, self.size = alpha, size
         self.cfg = SimpleNamespace(d_in=len(d), architecture=lambda: "steered")
 
     def forward(self, h: Tensor) -> Tensor:
         d = self.d.to(h)
-        return h + self.alpha * (h @ d)[..., None] * d
+        along = (h @ d)[..., None] if self.size is None else self.size
+        return h + self.alpha * along * d
 
 # %% ../nbs/50_steering.ipynb #3ef7ea7b
-def steer(lm, sae, layer: int, latent: int, alpha: float, keep: str = "none"):
+def steer(lm, sae, layer: int, latent: int, alpha: float, keep: str = "none", size=None):
     """A context inside which `lm` is steered along a latent of `sae` at `layer`.
 
-    A negative strength `alpha` takes the direction away, −1 altogether. Raises `UsageError` where
-    there is no such latent."""
+    A negative strength `alpha` takes the direction away, −1 altogether; with a `size`, `alpha`
+    times that is added. Raises `UsageError` where there is no such latent."""
     if not 0 <= latent < sae.cfg.d_sae:
         raise UsageError(
             f"latent {latent} does not exist; the SAE has latents 0 to {sae.cfg.d_sae - 1}"
         )
     d = nn.functional.normalize(sae.W_dec[latent].float(), dim=0)
-    return splice(lm, {layer: Steered(d, alpha)}, keep)
+    return splice(lm, {layer: Steered(d, alpha, size)}, keep)
 
 # %% ../nbs/50_steering.ipynb #dfa63376
 def _mean_log_probability(W, h: Tensor, ids: Tensor) -> Tensor:
@@ -60,6 +63,7 @@ def _mean_log_probability(W, h: Tensor, ids: Tensor) -> Tensor:
 
 # %% ../nbs/50_steering.ipynb #fbbaabf0
 @torch.no_grad()
+@fast_float32()
 def log_likelihoods(lm, rows: Tensor, batch: int = 8) -> dict[str, Tensor]:
     """Mean log-probability `(rows,)` of the tokens of each row, in nats.
 
@@ -93,7 +97,7 @@ def mean_interval(x: Tensor, level: float = 0.9) -> dict:
 
 # %% ../nbs/50_steering.ipynb #b14cbe4e
 def steering_changes(
-    lm, tok, sae, layer: int, latent: int, sets: dict[str, list[str]], alphas=(1.0,)
+    lm, tok, push, sets: dict[str, list[str]], alphas=(1.0,)
 ) -> dict[float, dict[str, dict[str, Tensor]]]:
     "δ `(texts,)` of every text, `{alpha: {kind: {set: δ}}}`, of `lm` as it stands."
     out = {a: {"fixed": {}, "published": {}} for a in alphas}
@@ -101,7 +105,7 @@ def steering_changes(
         rows = text_rows(texts, tok)
         plain = log_likelihoods(lm, rows)
         for a in alphas:
-            with steer(lm, sae, layer, latent, a):
+            with push(a):
                 steered = log_likelihoods(lm, rows)
             for kind in plain:
                 out[a][kind][name] = scaled_change(plain[kind], steered[kind])
@@ -134,10 +138,9 @@ def _check_sets(sets: dict[str, list[str]]):
         raise UsageError(f"sets {', '.join(sets)}; give `positive` and at least one other")
 
 # %% ../nbs/50_steering.ipynb #0cba241e
-def steering_effect(
-    lm, tok, sae, layer: int, latent: int, sets: dict[str, list[str]], alpha: float
-) -> dict:
-    """Means of δ, `{kind: {"positive" | "negative": {"base", "adapted_unspliced", "difference"}}}`.
+def steering_effect(lm, tok, push, sets: dict[str, list[str]], alpha: float) -> dict:
+    """Means of δ, `{kind: {"positive" | "negative": {"base", "adapted_unspliced", "difference"}}}`,
+    under `push(alpha)`.
 
     The set `positive` holds texts that the latent is about; all others are negatives. Each mean
     has its 90 % interval. Without an adapter there is base alone."""
@@ -145,13 +148,13 @@ def steering_effect(
     changes = {"fixed": {}, "published": {}}
     for model in models_of(lm, None):
         with as_model(lm, None, model):
-            found = steering_changes(lm, tok, sae, layer, latent, sets, [alpha])[alpha]
+            found = steering_changes(lm, tok, push, sets, [alpha])[alpha]
         for kind, by_set in found.items():
             changes[kind][model] = by_set
     return {kind: _means(by_model) for kind, by_model in changes.items()}
 
 # %% ../nbs/50_steering.ipynb #875d6c5d
-ALPHAS = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)
+ALPHAS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 
 # %% ../nbs/50_steering.ipynb #c27c72e4
 def _score(by_set: dict[str, Tensor]) -> float:
@@ -161,13 +164,13 @@ def _score(by_set: dict[str, Tensor]) -> float:
 
 # %% ../nbs/50_steering.ipynb #d0fc9bc2
 def tune_alpha(
-    lm, tok, sae, layer: int, latent: int, sets: dict[str, list[str]], alphas=ALPHAS
+    lm, tok, push, sets: dict[str, list[str]], alphas=ALPHAS
 ) -> tuple[float, dict[float, float]]:
     """The α with the largest mean δ on `positive` less the mean |δ| on the other sets; all scores.
 
-    For the base model, with the log-likelihood `fixed`."""
+    For the base model under `push(α)`, with the log-likelihood `fixed`."""
     _check_sets(sets)
     with without_lora(lm):
-        changes = steering_changes(lm, tok, sae, layer, latent, sets, alphas)
+        changes = steering_changes(lm, tok, push, sets, alphas)
     scores = {alpha: _score(by["fixed"]) for alpha, by in changes.items()}
     return max(scores, key=scores.get), scores

@@ -15,6 +15,7 @@ import torch
 from scipy import stats
 
 from .benchmark_files import LOCAL, local_tasks
+from .devices import fast_float32
 from .files import UsageError
 from .metrics import bootstrap
 from .models import as_model, models_of
@@ -190,6 +191,7 @@ def _harness(lm):
         lm.train(mode)
 
 # %% ../nbs/56_tasks.ipynb #721ca5d8
+@fast_float32()
 def benchmark(
     lm, tok, tasks, saes: dict | None = None, data=None, limit: int | None = None, batch_size=8
 ) -> dict[str, dict]:

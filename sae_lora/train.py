@@ -172,7 +172,7 @@ def _arithmetic(run: _Run) -> Arithmetic:
     "How the passes of a run are computed."
     precision = run.options.precision if run.made_by.savings else "fp32"
     how = arithmetic(device_of(run.lm), precision)
-    return replace(how, fused=_made_kernels(run, how))
+    return replace(how, fused=_made_kernels(run, how), plain=not run.made_by.savings)
 
 # %% ../nbs/40_train.ipynb #e466a466
 def _rows_used(run: _Run) -> Tensor:

@@ -912,8 +912,11 @@ def steered(device, dtype, kind):
     rows = api.text_rows(SETS["positive"], tok)
     with api.steer(lm, sae(kind), 1, 5, 0.7):
         inside = api.log_likelihoods(lm, rows)
-    tuned = api.tune_alpha(lm, tok, sae(kind), 1, 5, SETS, alphas=(0.1, 1.0))
-    effect = api.steering_effect(lm, tok, sae(kind), 1, 5, SETS, 0.5)
+    tuned = api.tune_alpha(
+        lm, tok, partial(api.steer, lm, sae(kind), 1, 5), SETS, alphas=(0.1, 1.0)
+    )
+    adding = partial(api.steer, lm, sae(kind), 1, 5, size=2.0)
+    effect = api.steering_effect(lm, tok, adding, SETS, 0.5)
     means = {}
     for kind_of_score, sides in effect.items():
         means[kind_of_score] = {}
@@ -950,6 +953,8 @@ def firings(device, dtype, kind):
     "latents.latents_in_model",
     "latents.promotes",
     "latents.some_latents",
+    "latents.output_scores",
+    "latents.persistence",
     each=KINDS,
 )
 def cards_of_latents(device, dtype, kind):
@@ -959,6 +964,8 @@ def cards_of_latents(device, dtype, kind):
     two = {1: sae(kind), 2: sae(kind, 2)}
     out["agreement"] = api.agreement(lm, two, rows, top=3)
     out["promotes"] = api.promotes(lm, tok, sae(kind), chosen)
+    out["scores"] = api.output_scores(lm, sae(kind), 1, rows).nan_to_num()
+    out["persistence"] = api.persistence(lm, sae(kind), 1, rows).nan_to_num()
     made = api.latent_cards(lm, tok, {2: sae(kind, 2)}, {2: chosen}, rows)
     assert "latent-cards" in api.cards_page(made)
     shown = [(c["rate"], c["top_overlap"], c["promotes"]) for c in made]

@@ -27,6 +27,8 @@ NO_TENSORS = {
     "adapters.saved_along": "counts bytes",
     "arithmetic.Arithmetic": "a record",
     "arithmetic.fused": "makes a kernel, in test_arithmetic and test_gpu",
+    "devices.onednn_pays": "asks the processor, in test_arithmetic",
+    "devices.fast_float32": "how a processor multiplies, in test_arithmetic",
     "recipes.*": "records and numbers",
     "train.Options": "a record",
     "ending.*": "words",

@@ -7,8 +7,16 @@ import torch
 from conftest import random_sae, tiny
 
 from sae_lora.files import UsageError
-from sae_lora.latents import decoder, latents_at, passages, promotes, some_latents
-from sae_lora.lm import stack
+from sae_lora.latents import (
+    decoder,
+    latents_at,
+    output_scores,
+    passages,
+    persistence,
+    promotes,
+    some_latents,
+)
+from sae_lora.lm import head, stack
 
 
 def test_passages_are_windows_about_peaks():
@@ -63,3 +71,53 @@ def test_some_latents_lie_between_the_rates():
     )
     with pytest.raises(UsageError, match="latents fire at between"):
         some_latents(lm, sae, 1, rows, 10_000, low=0.02, high=0.3)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@torch.no_grad()
+def test_output_scores_are_what_one_counts_token_by_token(name):
+    "Padding, kept positions and the last token of a row foretell nothing."
+    lm, sae = tiny(name), random_sae()
+    rows = torch.randint(3, 97, (9, 12), generator=torch.Generator().manual_seed(0))
+    rows[2, 7:] = -1
+    scores, z = output_scores(lm, sae, 1, rows), head(lm).weight @ decoder(sae).T
+    _, f, counts = latents_at(lm, sae, 1, rows)
+    after, strengths = [], []
+    for row in range(9):
+        for i in range(11):
+            if counts[row, i] and counts[row, i + 1]:
+                after.append(z[rows[row, i + 1]])
+                strengths.append(f[row, i])
+    after, strengths = torch.stack(after), torch.stack(strengths)
+    assert len(after) == 8 * 10 + 5
+    own = (strengths * after).sum(0) / strengths.sum(0)
+    expected = (own - after.mean(0)) / after.std(0, correction=0)
+    torch.testing.assert_close(scores, expected, rtol=1e-3, atol=1e-4, equal_nan=True)
+
+
+@torch.no_grad()
+def test_the_score_of_a_latent_turns_with_its_direction():
+    lm, sae = tiny("llama"), random_sae("standard")
+    rows = torch.randint(3, 97, (8, 16), generator=torch.Generator().manual_seed(1))
+    _, f, counts = latents_at(lm, sae, 1, rows)
+    before = counts[:, :-1] & counts[:, 1:]
+    W, next_tokens = head(lm).weight, rows[:, 1:][before]
+    strength = f[:, :-1][before][:, 3]
+    said = (strength[:, None] * W[next_tokens]).sum(0) / strength.sum()
+    sae.W_dec[3] = said - W[next_tokens].mean(0)
+    scores = output_scores(lm, sae, 1, rows)
+    sae.W_dec[3] *= -5
+    assert scores[3] > 0
+    torch.testing.assert_close(output_scores(lm, sae, 1, rows)[3], -scores[3])
+
+
+@torch.no_grad()
+def test_persistence_counts_the_firings_seen_from_a_firing():
+    lm, sae = tiny("llama"), random_sae()
+    rows = torch.randint(3, 97, (9, 16), generator=torch.Generator().manual_seed(0))
+    fired = (latents_at(lm, sae, 1, rows)[1] > 0).sum(1)
+    lasting = persistence(lm, sae, 1, rows)
+    for latent in range(sae.cfg.d_sae):
+        seen = [int(c) for c in fired[:, latent] for _ in range(int(c))]
+        expected = sum(seen) / len(seen) if seen else float("nan")
+        assert lasting[latent] == pytest.approx(expected, nan_ok=True)

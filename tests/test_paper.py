@@ -224,10 +224,12 @@ FEW = {
         sae=SPEC,
         valid_tokens=8192,
         data="sample",
+        candidates=8,
+        known_rows=32,
         latents=2,
         examples=12,
         negatives=3,
-        alphas=[0.5, 2.0],
+        alphas=[0.1, 1.0],
     ),
     "10_benchmarks": dict(
         tokens=128,

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -31,6 +32,9 @@ def test_steering_is_its_formula_and_leaves_no_trace(any_lm):
         torch.testing.assert_close(steered, h + 0.7 * (h @ d)[..., None] * d, rtol=1e-4, atol=1e-4)
         with steer(any_lm, sae, 1, 5, 0.7, keep="special"):
             assert torch.equal(hidden(any_lm, BATCH, 1)[:, 0], h[:, 0])
+        with steer(any_lm, sae, 1, 5, 0.7, size=2.0):
+            steered = hidden(any_lm, BATCH, 1)
+        torch.testing.assert_close(steered, h + 1.4 * d, rtol=1e-4, atol=1e-4)
         with pytest.raises(ZeroDivisionError), steer(any_lm, sae, 1, 5, 0.7):
             1 / 0
         assert torch.equal(any_lm(**BATCH).logits, full)
@@ -43,9 +47,9 @@ def test_steering_is_its_formula_and_leaves_no_trace(any_lm):
 def test_sets_that_have_no_two_sides_are_refused(sets):
     lm = tiny("llama")
     with pytest.raises(UsageError, match="give `positive` and at least one other"):
-        tune_alpha(lm, None, None, 1, 0, sets)
+        tune_alpha(lm, None, None, sets)
     with pytest.raises(UsageError, match="give `positive` and at least one other"):
-        steering_effect(lm, None, None, 1, 0, sets, alpha=1.0)
+        steering_effect(lm, None, None, sets, alpha=1.0)
 
 
 def test_log_likelihood_fixed_and_as_published():
@@ -77,14 +81,15 @@ def test_steering_effect_of_an_untrained_adapter_is_none(clean):
         "law": ["The court is closed.", "A lease must be in writing."],
         "verse": ["O good convey!", "My lord, I dare not."],
     }
-    effect = steering_effect(lm, tok, saes[14], 14, 3, sets, 0.5)
+    push = partial(steer, lm, saes[14], 14, 3)
+    effect = steering_effect(lm, tok, push, sets, 0.5)
     for kind in ("fixed", "published"):
         for side, n in (("positive", 4), ("negative", 4)):
             assert (
                 effect[kind][side]["difference"] == {"mean": 0.0, "ci90": [0.0, 0.0], "n": n}
                 and effect[kind][side]["base"]["mean"] != 0
             )
-    assert tune_alpha(lm, tok, saes[14], 14, 3, sets, alphas=(0.0, 0.5))[1][0.0] == 0
+    assert tune_alpha(lm, tok, push, sets, alphas=(0.0, 0.5))[1][0.0] == 0
 
 
 def test_steering_on_the_negatives_of_the_paper(adapted):
@@ -97,16 +102,10 @@ def test_steering_on_the_negatives_of_the_paper(adapted):
     with without_lora(lm):
         found = positives(lm, tok, saes[14], 14, 524, blocks.valid, n=8)
     assert found and all(t.strip() for t in found)
-    alpha, _ = tune_alpha(
-        lm,
-        tok,
-        saes[14],
-        14,
-        524,
-        {"positive": found[::2], "biology": sets.pop("biology")},
-        alphas=(0.1, 1.0),
-    )
-    effect = steering_effect(lm, tok, saes[14], 14, 524, {"positive": found[1::2]} | sets, alpha)
+    push = partial(steer, lm, saes[14], 14, 524)
+    on = {"positive": found[::2], "biology": sets.pop("biology")}
+    alpha, _ = tune_alpha(lm, tok, push, on, alphas=(0.1, 1.0))
+    effect = steering_effect(lm, tok, push, {"positive": found[1::2]} | sets, alpha)
     assert (
         effect["fixed"]["negative"]["difference"]["n"] == 24
         and effect["fixed"]["negative"]["base"]["ci90"][0]

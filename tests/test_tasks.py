@@ -2,6 +2,7 @@
 
 import json
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -264,7 +265,7 @@ def test_mistakes_are_one_line(clean, data, monkeypatch):
         lambda: steer(lm, saes[14], 14, 4608, 1.0),
         lambda: text_rows(["a", " "], tok),
         lambda: scaled_change(torch.ones(3), torch.ones(3)),
-        lambda: steering_effect(lm, tok, saes[14], 14, 0, {"law": ["a", "b"]}, 1.0),
+        lambda: steering_effect(lm, tok, nullcontext, {"law": ["a", "b"]}, 1.0),
         lambda: loss_recovered(lm, saes, IDS, clean="adapted_unspliced"),
         lambda: loss_recovered(lm, saes, IDS, clean="student"),
         lambda: agreement(lm, saes, IDS),
