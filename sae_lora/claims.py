@@ -194,7 +194,7 @@ def steering_found() -> Finding:
     said = f"a push does something along {len(own)} of {tried} latents"
     said += f"; δ {likelier.value:+.2f} of 100" if likelier else ""
     parts = {"likelier": more_than(likelier), "more than others": more_than(beyond)}
-    return Finding(said, "–", f"{len(own)} latents, one seed", parts)
+    return Finding(said, "–", "latents, one seed", parts)
 
 # %% ../nbs/64_claims.ipynb #08d3b291
 def _paired(row: dict, model: str, other: str) -> Estimate:
