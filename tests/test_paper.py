@@ -222,10 +222,11 @@ FEW = {
     "09_steering": dict(
         tokens=128,
         sae=SPEC,
-        valid_tokens=8192,
+        valid_tokens=16384,
         data="sample",
         candidates=8,
-        known_rows=32,
+        known_rows=64,
+        choices=["evenly"],  # about others there are too few texts in so few rows
         latents=2,
         examples=12,
         negatives=3,
