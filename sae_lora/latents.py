@@ -60,13 +60,15 @@ def firing(
 
 # %% ../nbs/47_latents.ipynb #fd992c6d
 def _fired(lm, sae, layer: int, rows: Tensor) -> tuple[Tensor, int]:
-    "How often each latent fires in each row `(rows, d_sae)`, and how many positions there are."
-    fired, count = [], 0
+    """How often each latent fires in a row, and the square of that, summed over rows `(2, d_sae)`;
+    and how many positions there are."""
+    sums, count = torch.zeros(2, sae.cfg.d_sae), 0
     for some in rows.split(8):
         _, f, counts = latents_at(lm, sae, layer, some)
-        fired.append((f > 0).sum(1).float().cpu())
+        fired = (f > 0).sum(1).float().cpu()
+        sums += torch.stack([fired.sum(0), (fired**2).sum(0)])
         count += int(counts.sum())
-    return torch.cat(fired), count
+    return sums, count
 
 # %% ../nbs/47_latents.ipynb #d7c23fa3
 def evenly(some: list, n: int) -> list:
@@ -81,8 +83,8 @@ def some_latents(
     """`n` latents that fire at between `low` and `high` of all positions, from rare to common.
 
     Raises `UsageError` where there are fewer."""
-    fired, count = _fired(lm, sae, layer, rows)
-    rate = fired.sum(0) / count
+    sums, count = _fired(lm, sae, layer, rows)
+    rate = sums[0] / count
     within = [i for i in rate.argsort(stable=True).tolist() if low <= rate[i] <= high]
     if len(within) < n:
         raise UsageError(
@@ -97,8 +99,8 @@ def persistence(lm, sae, layer: int, rows: Tensor) -> Tensor:
     """How often a latent fires in a row where it fires, on average over its firings, `(d_sae,)`.
 
     NaN where it never fires. `lm` as it stands."""
-    fired, _ = _fired(lm, sae, layer, rows)
-    return (fired**2).sum(0) / fired.sum(0)
+    (fired, squares), _ = _fired(lm, sae, layer, rows)
+    return squares / fired
 
 # %% ../nbs/47_latents.ipynb #f11cd7de
 def passages(activations: Tensor, n: int = 20, window: int = 32) -> list[tuple[int, int, int]]:
