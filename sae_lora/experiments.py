@@ -248,12 +248,14 @@ def _recalled(lm, path: Path) -> dict:
 # %% ../nbs/62_experiments.ipynb #223c7c06
 def _rates(lm, runs: dict[str, dict]) -> dict:
     "The highest learning rate of `runs`, and the share of it that the adapters of others have."
-    given = {name: p["lr"] for name, p in runs.items() if "lr" in p}
-    highest, scales = max(given.values(), default=None), {}
-    for name, lr in given.items():
+    if not any("lr" in p for p in runs.values()):
+        return {}
+    every = {n: p.get("lr", recipe_of(p["recipe"]).settings["lr"]) for n, p in runs.items()}
+    highest, scales = max(every.values()), {}
+    for name, lr in every.items():
         if lr < highest:
             scales |= dict.fromkeys(lora_parameters(lm, name), lr / highest)
-    return dict(lr=highest, scales=scales) if given else {}
+    return dict(lr=highest, scales=scales)
 
 # %% ../nbs/62_experiments.ipynb #86182657
 TRAINING = ("batch", "keep_unspliced", "cached", "fuse")  # what else `fit_loras` is told of a run

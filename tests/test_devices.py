@@ -59,6 +59,7 @@ NO_TENSORS = {
     "metrics.Estimate": "a number",
     "metrics.over_seeds": "numbers",
     "metrics.percent": "words",
+    "metrics.seeds_told": "words",
     "claims.*": "rows of numbers, and words",
     "two_measures.*": "rows of numbers, and words",
     "text.excerpts": "text",
