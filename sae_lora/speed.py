@@ -49,14 +49,14 @@ class Bench(NamedTuple):
     saes: dict
     rows: Tensor
     valid: Tensor
-    long: Tensor  # rows of 1,024 tokens
+    long: Tensor  # rows as long as those of the published recipe
     p: dict
 
 # %% ../nbs/71_speed.ipynb #e62ae5cb
 def bench(p: dict, text_tokens: int, valid_tokens: int) -> Bench:
     "What a row `p` (`model, text, length, sae, adapter_rank, seed`, …) is measured on."
     lm, tok, blocks = world(p["model"], p["text"], p["length"], text_tokens, valid_tokens)
-    long = token_blocks(p["text"], tok, 1024, text_tokens, 0).train
+    long = token_blocks(p["text"], tok, p.get("published_length", 1024), text_tokens, 0).train
     return Bench(lm, saes_at(lm, blocks, p["sae"]), blocks.train, blocks.valid, long, p)
 
 # %% ../nbs/71_speed.ipynb #12c74fdb
@@ -150,7 +150,7 @@ def _some_steps(b: Bench, variant: str) -> list[float]:
     recipe, options = VARIANTS[variant]
     published = recipe == "published"
     n = b.p["steps"] * (1 if published else 2)
-    step = 1024 if published else 2 * b.p["length"]
+    step = b.long.shape[-1] if published else 2 * b.p["length"]
     points = n if b.p.get("device") is None else 4
     return rates(trained(b, recipe, n * step, points=points, **options))
 

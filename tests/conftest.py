@@ -3,6 +3,7 @@
 The suite runs in as many processes as there are cores; each computes with its share of them.
 """
 
+import gc
 import multiprocessing
 import os
 import shutil
@@ -42,6 +43,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.stem in LONG:
             item.add_marker("long")
+
+
+def pytest_collection_finish():
+    "What was imported stays: a garbage collection need not look through it, again and again."
+    gc.freeze()
 
 
 def forkserver(modules: list[str]):

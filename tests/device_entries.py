@@ -1434,11 +1434,19 @@ def replacement_model(device, dtype):
 # What a run of the entries needs, what is seen of it, and how numbers are compared.
 
 
+def fresh_cache() -> Path:
+    "A new cache; only the docstrings, which take a minute to read, are those read before."
+    cache, kept = fresh(), PACKAGE["files"].cache_path("text")
+    kept.mkdir(parents=True, exist_ok=True)
+    (cache / "text").symlink_to(kept)
+    return cache
+
+
 @contextmanager
 def conditions(mixed: bool = False):
-    "Inside, the cache is empty, and `auto` means bfloat16 products if `mixed`, else float32's."
+    "Inside, the cache is new, and `auto` means bfloat16 products if `mixed`, else float32's."
     with (
-        patch.dict(os.environ, SAE_LORA_CACHE=str(fresh())),
+        patch.dict(os.environ, SAE_LORA_CACHE=str(fresh_cache())),
         patch.object(PACKAGE["arithmetic"], "bf16_pays", lambda device="cpu": mixed),
     ):
         yield
