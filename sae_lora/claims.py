@@ -37,8 +37,8 @@ from sae_lora.verdicts import (
     over_latents,
     over_rows,
     paired,
+    seeds_behind,
     steered,
-    told,
 )
 
 # %% ../nbs/64_claims.ipynb #8c4c94f2
@@ -100,7 +100,7 @@ def scaling_found(experiment: str, rank: int, by: str) -> Finding:
     ce = [over_rows(rows, ce_closed) for rows in along]
     kl = [over_rows(rows, kl_closed) for rows in along]
     parts = {"nats fall": falls(nats), "CE share falls": falls(ce), "KL share falls": falls(kl)}
-    return Finding(from_to(ce), from_to(kl), told(along[0], along[-1]), parts)
+    return Finding(from_to(ce), from_to(kl), seeds_behind(along[0], along[-1]), parts)
 
 # %% ../nbs/64_claims.ipynb #4edcb445
 def layer_found() -> Finding:
@@ -130,13 +130,14 @@ def tokens_of(rows: list[dict]) -> int:
 def size_found() -> Finding:
     "E7: the paper's share at every size of model, where each had as many tokens."
     groups = headline_rows()
-    ce, kl = ([over_rows(g, of) for g in groups.values()] for of in (ce_closed, kl_closed))
+    ce = [over_rows(own, ce_closed) for own in groups.values()]
+    kl = [over_rows(own, kl_closed) for own in groups.values()]
     at_all = joint_verdict([more_than(share, 0.3) for share in ce])
     alike = len(groups) > 1 and len(set(map(tokens_of, groups.values()))) == 1
     said = ["; ".join(map(percent, shares)) for shares in (ce, kl)]
-    each = (f"{told(g)}, {model} with {tokens_of(g):,} tokens" for model, g in groups.items())
+    over = [f"{m} with {tokens_of(g):,} tokens: {seeds_behind(g)}" for m, g in groups.items()]
     parts = {"30 % or more at every size": at_all if alike else "not tested"}
-    return Finding(*said, "; ".join(each), parts)
+    return Finding(*said, "; ".join(over), parts)
 
 # %% ../nbs/64_claims.ipynb #b3b147d5
 def one_layer_found() -> Finding:
@@ -359,15 +360,21 @@ def verdicts_on(experiment: str) -> list[str]:
     return [_sentences(number, c) for number, c in paper_claims().items() if c.experiment == own]
 
 # %% ../nbs/64_claims.ipynb #62020aed
+def _closed(own: list[dict]) -> list[str]:
+    "What the adapters of some rows close of the gap and of the KL, in words."
+    return [percent(over_rows(own, of)) for of in (ce_closed, kl_closed)]
+
+# %% ../nbs/64_claims.ipynb #9ad381cf
 def headline() -> str:
     "The main finding, both shares of each model, and what their intervals are over."
-    (first, *others), said = headline_rows().items(), []
-    for model, own in (first, *others):
-        ce, kl = (percent(over_rows(own, of)) for of in (ce_closed, kl_closed))
-        said.append((model, f"{tokens_of(own):,} tokens", ce, kl, told(own)))
-    _, _, ce, kl, over = said[0]
-    text = f"**{ce} of the lost cross-entropy comes back**, and {kl} of the KL"
-    text += f" (95 % intervals; {over})."
-    for model, tokens, ce, kl, over in said[1:]:
-        text += f" On `{model}`, with {tokens}: {ce} and {kl} ({over})."
+    (_, first), *others = headline_rows().items()
+    (ce, kl), most = _closed(first), tokens_of(first)
+    text = (
+        f"**{ce} of the lost cross-entropy comes back**, and {kl} of the KL, from {most:,} tokens"
+    )
+    text += f" (95 % intervals; {seeds_behind(first)})."
+    for model, own in others:
+        (ce, kl), tokens = _closed(own), tokens_of(own)
+        budget = "as many" if tokens == most else f"{tokens:,}"
+        text += f" On `{model}`, with {budget} tokens: {ce} and {kl} ({seeds_behind(own)})."
     return f"\n{text}\n"

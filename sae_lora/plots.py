@@ -115,7 +115,7 @@ def sae_seeds(t: pd.DataFrame) -> list:
     "The seed of each row's SAE; 0 where it was not trained for the row."
     return t["sae.seed"].fillna(0).tolist() if "sae.seed" in t else [0] * len(t)
 
-
+# %% ../nbs/61_plots.ipynb #533e3317
 def _closed(t: pd.DataFrame, share: str) -> Estimate:
     "What rows that differ in seeds alone close."
     closed = 1 - t["kl.adapted"] / t["kl.spliced"] if share == "kl_closed" else t[share]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONE_SEED', 'VERDICTS', 'STEERS', 'difference', 'paired', 'committed_rows', 'ce_closed', 'kl_closed', 'by_kind',
-           'sae_seed', 'over_rows', 'told', 'exponent', 'foretold', 'more_than', 'falls', 'hardly_depends',
+           'sae_seed', 'over_rows', 'seeds_behind', 'exponent', 'foretold', 'more_than', 'falls', 'hardly_depends',
            'mostly_better', 'kept', 'joint_verdict', 'from_to', 'crossing', 'steerable', 'steered', 'gain',
            'over_latents']
 
@@ -85,7 +85,7 @@ def over_rows(rows: list[dict], measure: Callable[[dict], Estimate]) -> Estimate
 ONE_SEED = "validation rows, one seed; KL: none kept"
 
 
-def told(*groups: list[dict]) -> str:
+def seeds_behind(*groups: list[dict]) -> str:
     "What the intervals of groups of rows are over: of the group with the fewest seeds."
     seeds = [list(map(sae_seed, rows)) for rows in groups]
     fewest = min(seeds, key=lambda saes: (len(set(saes)), len(saes)))
