@@ -136,7 +136,7 @@ def size_found() -> Finding:
     alike = len(groups) > 1 and len(set(map(tokens_of, groups.values()))) == 1
     said = ["; ".join(map(percent, shares)) for shares in (ce, kl)]
     over = [f"{m} with {tokens_of(g):,} tokens: {seeds_behind(g)}" for m, g in groups.items()]
-    parts = {"30 % or more at every size": at_all if alike else "not tested"}
+    parts = {"30 % or more at every size tried": at_all if alike else "not tested"}
     return Finding(*said, "; ".join(over), parts)
 
 # %% ../nbs/64_claims.ipynb #b3b147d5
