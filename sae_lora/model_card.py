@@ -36,6 +36,14 @@ def _share(r: dict, name: str, of: str, interval: str = "") -> str:
     low, high = r["ci95"][name]
     return f"{told} ({interval}{_percent(low)} to {_percent(high)} %)"
 
+# %% ../nbs/29_model_card.ipynb #c49ebc91
+def _harm(r: dict) -> str:
+    "What to do about an adapter that makes the KL worse, beyond its interval; else nothing."
+    ends = r.get("ci95", {}).get("kl_closed")
+    if ends and ends[1] < 0:
+        return "; it leads away from the base model, so try a lower learning rate (lr)"
+    return ""
+
 # %% ../nbs/29_model_card.ipynb #2ae54e87
 def won_back(r: dict) -> str:
     """What the adapter wins back of what the splice costs, in words.
@@ -47,9 +55,9 @@ def won_back(r: dict) -> str:
     if reason:
         told = f"{reason}, so no share of it is told"
         own = f"; the adapter wins back {_share(r, 'kl_closed', 'in KL', interval)}" if kl else ""
-        return told + own
+        return told + own + _harm(r)
     told = f"the adapter wins back {_share(r, 'gap_closed', 'of that in cross-entropy', interval)}"
-    return f"{told}, {_share(r, 'kl_closed', 'in KL')}" if kl else told
+    return (f"{told}, {_share(r, 'kl_closed', 'in KL')}" if kl else told) + _harm(r)
 
 # %% ../nbs/29_model_card.ipynb #7363abc6
 def _table(ce: dict, kl: dict) -> str:

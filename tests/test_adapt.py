@@ -69,6 +69,21 @@ def test_a_share_of_nothing_is_not_told(gap, ends, words):
     )
 
 
+@pytest.mark.parametrize("low", [0.08, -0.08])  # a gap above zero, and one not told from it
+@pytest.mark.parametrize(
+    "kl, ends, harms",
+    [
+        (-0.04, [-0.08, -0.02], True),
+        (-0.04, [-0.08, 0.02], False),
+        (math.nan, [math.nan, math.nan], False),
+    ],
+)
+def test_an_adapter_that_does_harm_is_told(low, kl, ends, harms):
+    intervals = SHARES["ci95"] | dict(gap=[low, 0.12], kl_closed=ends)
+    said = won_back(SHARES | dict(kl_closed=kl, ci95=intervals))
+    assert said.endswith("so try a lower learning rate (lr)") == harms
+
+
 def test_the_adapters_card_tells_both(tmp_path):
     lm, saes = tiny("llama"), {1: random_sae()}
     add_lora(lm, saes, rank=2)
