@@ -113,7 +113,7 @@ def _ends(t: pd.DataFrame, share: str) -> list:
 # %% ../nbs/61_plots.ipynb #7aab1385
 def sae_seeds(t: pd.DataFrame) -> list:
     "The seed of each row's SAE; 0 where it was not trained for the row."
-    return t["sae.seed"].fillna(0).tolist() if "sae.seed" in t else [0] * len(t)
+    return t["sae.seed"].fillna(0).astype(int).tolist() if "sae.seed" in t else [0] * len(t)
 
 # %% ../nbs/61_plots.ipynb #533e3317
 def _closed(t: pd.DataFrame, share: str) -> Estimate:
