@@ -33,7 +33,7 @@ def _legend_below(ax):
         return
     place = legend.get_bbox_to_anchor().transformed(ax.transAxes.inverted())
     if place.x0 >= 1:
-        longest = max(len(text.get_text()) for text in legend.get_texts())
+        longest = max((len(text.get_text()) for text in legend.get_texts()), default=0)
         columns = 2 if longest <= 20 else 1  # two long ones have no room side by side
         below = dict(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=columns)
         title = legend.get_title().get_text() or None
